@@ -1,0 +1,205 @@
+"""Every error and warning that expstate raises, in one tree.
+
+Each class inherits ``ExpstateError`` and the builtin that a caller would expect, so that both ``except ExpstateError`` and
+``except FileNotFoundError`` do what they say. A docstring says when the error is raised and what to do.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import pickle
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class ExpstateError(Exception):
+    """Base of every error of this library."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument and OSError a tuple: messages here are sentences.
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+# What a caller hands in
+
+
+class AppStateError(ExpstateError, TypeError):
+    """The app state is not a ``dict`` of keys and statefuls. Wrap plain values in ``StateDict``."""
+
+
+class UnsupportedValueError(ExpstateError, TypeError):
+    """A value of the state cannot be stored (a tensor on ``meta``, a container that holds itself). The message names its path."""
+
+
+class InvalidNameError(ExpstateError, ValueError):
+    """A name or tag has characters that a ref cannot carry. Choose one without ``@ : = /`` and control characters."""
+
+
+class InvalidMetadataError(ExpstateError, ValueError):
+    """A param, metric, note or step has a value that cannot be recorded. The message names it."""
+
+
+class InvalidArgumentError(ExpstateError, ValueError):
+    """Arguments that do not go together or are out of range. The message says which."""
+
+
+class InvalidSettingError(ExpstateError, ValueError):
+    """An ``EXPSTATE_...`` variable or a setting has a value that cannot be read."""
+
+
+class UnsupportedSchemeError(ExpstateError, ValueError):
+    """No storage is known for the scheme of this URL. The message lists those there are."""
+
+
+class MemoryBudgetError(ExpstateError, MemoryError):
+    """The memory budget is smaller than one staging buffer can be. Give at least 2 MiB."""
+
+
+# Finding and reading snapshots
+
+
+class SnapshotNotFoundError(ExpstateError, FileNotFoundError):
+    """No committed snapshot is at this path. A take that was interrupted leaves none: run ``expstate.gc`` on the folder."""
+
+
+class SnapshotExistsError(ExpstateError, FileExistsError):
+    """Another snapshot is at this path. Take to another path, or pass ``overwrite=True``."""
+
+
+class SnapshotReplacedError(ExpstateError, RuntimeError):
+    """The snapshot was replaced or deleted by someone else while it was in use. Open it anew."""
+
+
+class EntryNotFoundError(ExpstateError, KeyError):
+    """No entry or key of this name is in the snapshot. The message lists near misses."""
+
+
+class SnapshotCorruptError(ExpstateError, ValueError):
+    """Bytes of the snapshot are damaged or missing. The message names the entry, file and offset; ``verify()`` lists all."""
+
+
+class ManifestError(SnapshotCorruptError):
+    """The manifest is whole, but what it says cannot be: it was not written by expstate, or was altered."""
+
+
+class ManifestTooLargeError(ManifestError):
+    """The manifest is larger, or names more entries, than this version reads or writes."""
+
+
+class UnsupportedFormatError(ExpstateError, ValueError):
+    """The snapshot was written in a newer format. Upgrade expstate."""
+
+
+class UnsafePathError(ManifestError):
+    """The manifest names a file outside the snapshot. Do not trust where it came from."""
+
+
+class UnsafeFileError(ManifestError):
+    """A file of the snapshot is a link, a pipe or a device instead of a regular file."""
+
+
+class PickleNotAllowedError(ExpstateError, pickle.UnpicklingError):
+    """An entry needs pickle, which can run code. Pass ``trust=True`` only if you trust who wrote the snapshot."""
+
+
+class UnknownClassError(ExpstateError, TypeError):
+    """An entry is of a class that this process has not imported. Import its module, then read again."""
+
+
+# Restore
+
+
+class RestoreMismatchError(ExpstateError, ValueError):
+    """The snapshot and the live state do not fit together; nothing was changed.
+
+    Attributes
+    ----------
+    problems : tuple of str
+        Every problem found, one sentence each.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems: tuple[str, ...] = tuple(problems)
+
+
+class RestoreInterruptedError(ExpstateError, RuntimeError):
+    """A restore failed after live state had begun to change. Restore again, or from another snapshot.
+
+    Attributes
+    ----------
+    applied, unapplied : tuple of str
+        Entry paths that hold the snapshot's values, and those that do not or may hold a mixture.
+    """
+
+    def __init__(self, message: str, applied: Sequence[str] = (), unapplied: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.applied: tuple[str, ...] = tuple(applied)
+        self.unapplied: tuple[str, ...] = tuple(unapplied)
+
+
+# Storage
+
+
+class StorageError(ExpstateError, OSError):
+    """The storage refused or failed. ``errno`` holds the system's number where there is one."""
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class StoragePermissionError(StorageError, PermissionError):
+    """The storage does not let this user read or write here."""
+
+
+class NoSpaceError(StorageError):
+    """The storage is full (bytes, inodes or quota). Nothing of this take remains; free room and take again."""
+
+
+class SnapshotWriteError(StorageError):
+    """What was written is not what the storage holds, or the attempt's lease is gone. Nothing was committed; take again."""
+
+
+def from_os_error(error: OSError, action: str) -> StorageError:
+    """Our error for an ``OSError`` of the system, with what was being done.
+
+    >>> from_os_error(OSError(28, "No space left on device"), "writing 'a.safetensors'").__class__.__name__
+    'NoSpaceError'
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    message = f"{action} failed: {reason}"
+    if error.errno in {_errno.ENOSPC, _errno.EDQUOT}:
+        return NoSpaceError(f"{message}; free some room and try again", error.errno)
+    if error.errno in {_errno.EACCES, _errno.EPERM, _errno.EROFS}:
+        return StoragePermissionError(f"{message}; check the permissions of the folder", error.errno)
+    return StorageError(message, error.errno)
+
+
+# Takes in the background
+
+
+class TakeCancelledError(ExpstateError, CancelledError):
+    """The take was cancelled before it was committed. Nothing of it remains."""
+
+
+class TakePendingError(ExpstateError, TimeoutError):
+    """``wait(timeout=...)`` ran out; the take goes on."""
+
+
+# Warnings
+
+
+class ExpstateWarning(UserWarning):
+    """Base of every warning of this library."""
+
+
+class NeedsTrustWarning(ExpstateWarning):
+    """A take stored objects that will need ``trust=True`` to come back."""
+
+
+class TakeFailedWarning(ExpstateWarning):
+    """A take in the background failed and nobody waited for it."""

@@ -1,0 +1,120 @@
+"""Progress in bytes: a bar by tqdm at a terminal or in a notebook, or a function of the caller's.
+
+``Progress`` is given numbers of bytes by the engine's threads; what it shows is decided once, when it is made.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from expstate import settings
+from expstate.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressUpdate:
+    """How far an operation is.
+
+    Attributes
+    ----------
+    operation : str
+        ``"take"``, ``"restore"``, ``"verify"`` or ``"copy"``.
+    done_bytes, total_bytes : int
+        Bytes moved and bytes to move.
+    """
+
+    operation: str
+    done_bytes: int
+    total_bytes: int
+
+
+ProgressOption = bool | Callable[[ProgressUpdate], object] | None
+
+
+class Progress:
+    """Counts bytes and shows them.
+
+    Parameters
+    ----------
+    operation : str
+        What is going on.
+    total_bytes : int
+        Bytes that will be moved.
+    option : None, bool or callable
+        None shows a bar at a terminal or in a notebook (or as ``EXPSTATE_PROGRESS`` says), True always, False never; a function
+        is called with a ``ProgressUpdate`` after each piece, from the thread that moved it.
+    """
+
+    def __init__(self, operation: str, total_bytes: int, option: ProgressOption) -> None:
+        self._operation = operation
+        self._lock = threading.Lock()
+        self._bar: Any = None
+        self._report = option if callable(option) else None
+        self.total_bytes = total_bytes
+        self.done_bytes = 0
+        if self._report is None and _is_wanted(option):
+            self._bar = _bar(operation, total_bytes)
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes that have been moved."""
+        with self._lock:
+            self.done_bytes += nbytes
+            if self._bar is not None:
+                self._bar.update(nbytes)
+            if self._report is not None:
+                self._report(ProgressUpdate(self._operation, self.done_bytes, self.total_bytes))
+
+    def close(self) -> None:
+        """Take the bar away, or leave it at its end."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def check_option(option: object) -> None:
+    """Refuse what ``progress=`` cannot be, before anything is done."""
+    if option is not None and not isinstance(option, bool) and not callable(option):
+        msg = f"progress must be None, True, False or a function, got {option!r}"
+        raise InvalidArgumentError(msg)
+
+
+def _is_wanted(option: ProgressOption) -> bool:
+    if option is not None:
+        return bool(option)
+    set_by_user = settings.current().progress
+    if set_by_user is not None:
+        return set_by_user
+    return in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this code."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None and hasattr(ipython, "get_ipython") else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _bar(operation: str, total_bytes: int) -> Any:
+    try:
+        if in_notebook():
+            from tqdm.auto import tqdm  # noqa: PLC0415 - only where a bar is shown
+        else:
+            from tqdm import tqdm  # noqa: PLC0415
+    except ImportError:
+        return None  # a bare GPU machine: no bar
+    tqdm.monitor_interval = 0  # its watcher thread is not needed: every piece updates the bar
+    return tqdm(
+        total=total_bytes,
+        desc=operation,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        delay=settings.current().progress_delay_seconds,
+        leave=False,
+        dynamic_ncols="COLUMNS" not in os.environ,
+    )

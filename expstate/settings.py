@@ -1,0 +1,138 @@
+"""Settings: one frozen record, read from ``EXPSTATE_...`` variables, overridden in a ``with`` block.
+
+Every setting carries its unit in its name. Functions ask ``current()`` when they run, never at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from expstate.errors import InvalidSettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What can be tuned. Each field is read from ``EXPSTATE_`` plus its name in capitals.
+
+    Attributes
+    ----------
+    memory_budget_bytes : int, default 0
+        Extra host memory of a take or restore; 0 means half of what is available divided by the ranks of the host, at
+        most 32 GiB.
+    io_threads : int, default 0
+        Threads that move pieces; 0 means twice the cores, at least 4, at most 16.
+    data_file_bytes : int, default 16 GiB
+        Size at which a new data file is begun on disk.
+    direct_io : bool, default True
+        Go past the page cache where the file system can.
+    staging_idle_seconds : float, default 60
+        How long idle staging memory is kept warm for the next take.
+    progress : bool or None, default None
+        ``1`` and ``0`` turn progress on and off; unset means on at a terminal or in a notebook.
+    progress_delay_seconds : float, default 2
+        Operations shorter than this show no progress.
+
+    Examples
+    --------
+    >>> from expstate import settings
+    >>> with settings.override(io_threads=2):
+    ...     settings.current().io_threads
+    2
+    """
+
+    memory_budget_bytes: int = 0
+    io_threads: int = 0
+    data_file_bytes: int = 16 * GIB
+    direct_io: bool = True
+    staging_idle_seconds: float = 60.0
+    progress: bool | None = None
+    progress_delay_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and value < 0:
+                msg = f"setting {field.name} must not be negative, got {value}"
+                raise InvalidSettingError(msg)
+        if self.data_file_bytes < MIB:
+            msg = f"setting data_file_bytes must be at least 1 MiB, got {self.data_file_bytes}"
+            raise InvalidSettingError(msg)
+
+    @property
+    def thread_count(self) -> int:
+        """``io_threads``, with its default worked out for this machine."""
+        return self.io_threads or max(4, min(16, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 8))
+
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def _parse(variable: str, text: str, annotation: str) -> Any:
+    try:
+        if annotation == "int":
+            return int(text)
+        if annotation == "float":
+            return float(text)
+    except ValueError:
+        msg = f"{variable} must be a number, got {text!r}"
+        raise InvalidSettingError(msg) from None
+    if text.lower() in _TRUE | _FALSE:
+        return text.lower() in _TRUE
+    msg = f"{variable} must be 1 or 0, got {text!r}"
+    raise InvalidSettingError(msg)
+
+
+def from_environment() -> Settings:
+    """The settings as the environment has them now."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Settings):
+        variable = f"EXPSTATE_{field.name.upper()}"
+        text = os.environ.get(variable, "").strip()
+        if text:
+            values[field.name] = _parse(variable, text, str(field.type))
+    return Settings(**values)
+
+
+_overridden: ContextVar[Settings | None] = ContextVar("expstate_settings", default=None)
+
+
+def current() -> Settings:
+    """The settings in force here: those of the innermost ``override``, else the environment's."""
+    return _overridden.get() or from_environment()
+
+
+@contextlib.contextmanager
+def override(**changes: Any) -> Iterator[Settings]:
+    """Change settings inside a ``with`` block, in this context only.
+
+    Parameters
+    ----------
+    **changes
+        Fields of ``Settings``.
+
+    Raises
+    ------
+    InvalidSettingError
+        If a field does not exist or a value is out of range.
+    """
+    try:
+        changed = dataclasses.replace(current(), **changes)
+    except TypeError as error:
+        raise InvalidSettingError(str(error)) from None
+    token = _overridden.set(changed)
+    try:
+        yield changed
+    finally:
+        _overridden.reset(token)

@@ -1,0 +1,158 @@
+"""What the engine asks of a storage: one folder of files, written once, read by ranges.
+
+Gets names relative to the snapshot's folder and bytes; hands on bytes and our errors. A backend subclasses ``Storage`` and its two
+handles; ``expstate.testing`` holds the tests that every backend must pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Name, size in bytes and time of last change (seconds since 1970 by the storage's clock) of a file."""
+
+    name: str
+    size: int
+    modified_at: float
+
+
+class FileWriter(ABC):
+    """A data file being written. ``write`` may be called from several threads at once, in any order."""
+
+    @abstractmethod
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data`` at ``offset``, both multiples of the storage's ``alignment`` but for the file's last bytes."""
+
+    @abstractmethod
+    def finish(self) -> Sequence[tuple[int, int]]:
+        """Make the file durable at exactly the size it was created with.
+
+        Returns
+        -------
+        sequence of (int, int)
+            Ranges (first byte, byte after the last) that the storage may not have written though it said so; the engine reads
+            them back before it commits.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Let go of the handle; the file may stay, incomplete. Does nothing after ``finish``."""
+
+
+class FileReader(ABC):
+    """A file open for reading; what it reads stays the same even if the name is replaced meanwhile. Usable from several threads.
+
+    Attributes
+    ----------
+    name : str
+        The name it was opened by.
+    size : int
+        Bytes in the file.
+    alignment : int
+        Reads are fastest when offset, length and address are multiples of it; 1 where it makes no difference.
+    """
+
+    name: str
+    size: int
+    alignment: int = 1
+
+    @abstractmethod
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``offset`` on, as far as the file goes; a read that ends earlier is ``SnapshotCorruptError``."""
+
+    def is_cached(self, offset: int, length: int) -> bool:  # noqa: ARG002 - the default of an interface
+        """Whether these bytes are in memory already, so that reading them unaligned costs nothing."""
+        return False
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the handle."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Storage(ABC):
+    """One folder of a snapshot on some backend.
+
+    Names are relative, their parts joined by ``/``. Errors are those of ``expstate.errors``, or ``FileNotFoundError`` and ``FileExistsError``
+    where the docstring says so.
+
+    Attributes
+    ----------
+    url : str
+        What a person may be shown; never holds a secret.
+    alignment : int
+        Offsets and lengths of ``FileWriter.write`` and preferred reads are multiples of this many bytes.
+    data_file_bytes : int
+        Size at which the engine begins a new data file.
+    """
+
+    url: str
+    alignment: int = 1
+    data_file_bytes: int
+
+    @abstractmethod
+    def create_file(self, name: str, size: int) -> FileWriter:
+        """Begin a data file of exactly ``size`` bytes; ``FileExistsError`` if the name is taken."""
+
+    @abstractmethod
+    def open_file(self, name: str) -> FileReader:
+        """Open a file; ``FileNotFoundError`` if there is none, ``UnsafeFileError`` if it is no regular file."""
+
+    @abstractmethod
+    def create(self, name: str, data: bytes, *, token: str) -> None:
+        """Create a small file at once, whole and durable; of several callers exactly one wins, others get ``FileExistsError``.
+
+        A temporary file, if one is needed, has ``token`` in its name.
+        """
+
+    @abstractmethod
+    def replace(self, name: str, data: bytes, *, token: str, expected: bytes | None = None) -> None:
+        """Put ``data`` in place of a small file atomically and durably.
+
+        With ``expected`` only if the file holds exactly these bytes now, else ``FileExistsError``. ``token`` as in ``create``.
+        """
+
+    @abstractmethod
+    def read(self, name: str, *, limit: int | None = None) -> bytes:
+        """A whole small file; ``FileNotFoundError`` if there is none, ``ManifestTooLargeError`` if it has more than ``limit`` bytes."""
+
+    @abstractmethod
+    def stat(self, name: str) -> FileInfo:
+        """Size and time of a file; ``FileNotFoundError`` if there is none."""
+
+    @abstractmethod
+    def list(self) -> Iterator[FileInfo]:
+        """Every regular file of the folder and of its ``base`` folder, as the storage has it now."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+
+    @abstractmethod
+    def clock(self) -> float:
+        """Seconds since 1970 by the clock that stamps files here."""
+
+    def prepare(self) -> bool:
+        """Make the folder if need be, before any state is staged; whether this call made it."""
+        return False
+
+    def flush(self) -> None:  # noqa: B027 - object stores have nothing to do
+        """Make creations and removals of names durable."""
+
+    def remove_folder(self) -> None:  # noqa: B027 - object stores have no folders
+        """Remove the folder if nothing is left in it."""

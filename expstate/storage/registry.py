@@ -1,0 +1,99 @@
+"""Paths and URLs: which storage a place names. ``parse`` splits it, ``open_storage`` opens it.
+
+A path is plain or ``os.PathLike``, or has a scheme: ``fs://`` and ``file://`` name the local disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from expstate.errors import InvalidArgumentError, UnsupportedSchemeError
+from expstate.storage.local import LocalStorage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from expstate.storage.base import Storage
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_factories: dict[str, Callable[[str, Mapping[str, Any]], Storage]] = {}
+
+
+def parse(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The scheme of a path (``"fs"`` for a plain one) and the rest of it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is empty, not text, or holds a NUL.
+
+    Examples
+    --------
+    >>> parse("runs/step-1"), parse("s3://bucket/run")
+    (('fs', 'runs/step-1'), ('s3', 'bucket/run'))
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        msg = f"a snapshot's path must be a text that is not empty, got {text!r}"
+        raise InvalidArgumentError(msg)
+    match = _SCHEME.match(text)
+    if match is None:
+        return "fs", text
+    scheme, rest = match.group(1).lower(), text[match.end() :]
+    if scheme == "file":
+        rest = rest.removeprefix("localhost")
+        if not rest.startswith("/"):
+            msg = f"a file:// URL needs an absolute path, as in file:///data/run, got {text!r}"
+            raise InvalidArgumentError(msg)
+    if not rest:
+        msg = f"no path after the scheme in {text!r}"
+        raise InvalidArgumentError(msg)
+    return scheme, rest
+
+
+def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Storage:
+    """The storage of a snapshot's folder. Nothing is read or made yet.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        A path or URL.
+    storage_options : mapping, optional
+        What the backend needs to connect; the local disk takes none.
+
+    Raises
+    ------
+    UnsupportedSchemeError
+        If no storage is known for the scheme.
+    InvalidArgumentError
+        If the path is empty, or options are given that would be ignored.
+
+    Examples
+    --------
+    >>> open_storage("fs:///tmp/run").url
+    '/tmp/run'
+    """
+    scheme, rest = parse(path)
+    factory = _factories.get(scheme)
+    if factory is None:
+        msg = f"no storage is known for {scheme}:// (there are: plain paths, {', '.join(f'{name}://' for name in _factories)})"
+        raise UnsupportedSchemeError(msg)
+    return factory(rest, storage_options or {})
+
+
+def _open_local(path: str, storage_options: Mapping[str, Any]) -> Storage:
+    if storage_options:
+        msg = f"the local disk takes no storage options, got {', '.join(map(str, storage_options))}"
+        raise InvalidArgumentError(msg)
+    return LocalStorage(path)
+
+
+def register(scheme: str, factory: Callable[[str, Mapping[str, Any]], Storage]) -> None:
+    """Make ``scheme://`` URLs open by ``factory(rest of the URL, storage options)``."""
+    _factories[scheme] = factory
+
+
+for _scheme in ("fs", "file"):
+    register(_scheme, _open_local)
