@@ -1,0 +1,198 @@
+"""Where every byte of a take will lie: entries in, data files out, before anything is moved.
+
+A data file is a safetensors file: a header that ends on a page, then the boxes one after the other without holes. Boxes of whole pages come
+first, then by falling item size, so that every tensor is aligned for whoever maps the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+from blake3 import blake3
+
+from expstate.format.manifest import BLOCK_BYTES, FileRecord
+from expstate.state import paths, tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from expstate.format.names import FileNamer
+
+PAGE_BYTES = 4096
+MAX_HEADER_BYTES = 50_000_000
+
+_SAFETENSORS_NAMES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+
+
+BYTES = "bytes"
+"""The dtype of a source whose items mean nothing to torch; it is never cut."""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What the layout needs to know of an array: its path, dtype (by torch's name, or ``BYTES``), shape and item size."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+class PlacedBox(msgspec.Struct):
+    """A box and its place: which source, which bytes of it, at which byte of the file; ``rows`` if the source was cut."""
+
+    source: int
+    first_byte: int
+    nbytes: int
+    offset: int = 0
+    rows: tuple[int, int] | None = None
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the box; an empty box has none."""
+        return -(-self.nbytes // BLOCK_BYTES)
+
+
+@dataclass(slots=True)
+class DataFile:
+    """A data file to write: its name, whole header (with the eight bytes that give its length), size and boxes in order."""
+
+    name: str
+    header: bytes
+    size: int
+    boxes: list[PlacedBox] = field(default_factory=list)
+
+    @property
+    def record(self) -> FileRecord:
+        """What the manifest says of it."""
+        return FileRecord(self.name, self.size, len(self.header), blake3(self.header).digest())
+
+
+def file_name_of(path: str, taken: Mapping[str, object]) -> str:
+    """The name of an entry inside its data file: what is below the key, as the state dict has it where that is distinct."""
+    _, _, below = path.partition("/")
+    name = below or path
+    if "%" in name and "/" not in name:
+        plain = paths.unquote(name)
+        try:
+            plain.encode()
+        except UnicodeEncodeError:
+            plain = name
+        name = plain if plain not in taken else name
+    while name in taken or name == "__metadata__":
+        name += "%"
+    return name
+
+
+def lay_out(
+    stem: str, sources: Sequence[Source], aliases: Iterable[tuple[str, str]], namer: FileNamer, target_bytes: int, *, first: int = 0
+) -> list[DataFile]:
+    """Lay the arrays of one key out in data files.
+
+    Parameters
+    ----------
+    stem : str
+        What the files are named after: the key.
+    sources : sequence of Source
+        The arrays.
+    aliases : iterable of (str, str)
+        Paths of tied tensors and of those they are tied to.
+    namer : FileNamer
+        Gives names to files.
+    target_bytes : int
+        A file is closed when it has this size; a larger tensor is cut along its first dimension.
+    first : int, default 0
+        Number of the first source: ``PlacedBox.source`` counts from it.
+
+    Returns
+    -------
+    list of DataFile
+        At least one.
+    """
+    names: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        names[file_name_of(source.path, names)] = number
+    name_of = list(names)
+    boxes = sorted(_cut(sources, target_bytes), key=lambda box: (box.nbytes % PAGE_BYTES != 0, -sources[box.source].itemsize))
+    by_path = {source.path: name_of[number] for number, source in enumerate(sources)}
+    metadata = {"format": "pt"}
+    taken: dict[str, object] = dict.fromkeys(name_of)
+    for path, target in aliases:
+        alias = file_name_of(path, taken)
+        taken[alias] = None
+        metadata[alias] = by_path[target]
+    files = []
+    for group in _group(boxes, name_of, target_bytes):
+        header = _header(group, sources, name_of, {} if files else metadata)
+        for box in group:
+            box.offset += len(header)
+            box.source += first
+        size = group[-1].offset + group[-1].nbytes if group else len(header)
+        files.append(DataFile(namer.name(stem), header, size, group))
+    return files
+
+
+def _cut(sources: Sequence[Source], target_bytes: int) -> Iterator[PlacedBox]:
+    for number, source in enumerate(sources):
+        nbytes = tensors.nbytes_of(source.shape, source.itemsize)
+        rows = source.shape[0] if source.shape else 1
+        if nbytes <= target_bytes or rows <= 1 or source.dtype == BYTES:
+            yield PlacedBox(number, 0, nbytes)
+            continue
+        row_bytes = nbytes // rows
+        step = max(1, target_bytes // row_bytes)
+        for row in range(0, rows, step):
+            stop = min(rows, row + step)
+            yield PlacedBox(number, row * row_bytes, (stop - row) * row_bytes, rows=(row, stop))
+
+
+def _group(boxes: Sequence[PlacedBox], names: Sequence[str], target_bytes: int) -> Iterator[list[PlacedBox]]:
+    """Boxes of each file, with offsets counted from its data; a new file before size or header grow too large."""
+    group: list[PlacedBox] = []
+    size, header = 0, 0
+    for box in boxes:
+        # An upper bound of what the header says of one box: escapes can make six characters of one.
+        header_more = 6 * len(names[box.source]) + 300
+        if group and (size + box.nbytes > target_bytes or header + header_more > MAX_HEADER_BYTES):
+            yield group
+            group, size, header = [], 0, 0
+        box.offset = size
+        group.append(box)
+        size += box.nbytes
+        header += header_more
+    yield group
+
+
+def _header(boxes: Sequence[PlacedBox], sources: Sequence[Source], names: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+    fields: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
+    for box in boxes:
+        source = sources[box.source]
+        name, shape = names[box.source], list(source.shape)
+        if box.rows is not None:
+            name = f"{name}#{box.rows[0]}"
+            shape[0] = box.rows[1] - box.rows[0]
+        dtype = _SAFETENSORS_NAMES.get(source.dtype)
+        if dtype is None:
+            dtype, shape = "U8", [box.nbytes]
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [box.offset, box.offset + box.nbytes]}
+    text = msgspec.json.encode(fields)
+    length = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES - 8
+    return length.to_bytes(8, "little") + text.ljust(length)

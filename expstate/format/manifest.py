@@ -1,0 +1,269 @@
+"""The manifest: the records of ``snapshot.json``, their encoding, and the digest that ends it.
+
+``encode`` gives the bytes to commit, ``decode`` checks digest and version and gives the records back. What the records say is checked by
+``validate``. The JSON form is described by ``manifest.schema.json`` beside this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from blake3 import blake3
+
+from expstate.errors import ManifestError, ManifestTooLargeError, SnapshotCorruptError, SnapshotNotFoundError, UnsupportedFormatError
+from expstate.settings import GIB, MIB
+from expstate.state import numpy_arrays, tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMAT = 1
+FEATURES: frozenset[str] = frozenset()
+"""Names that ``requires`` may hold: parts of the format that a reader must know."""
+
+BLOCK_BYTES = MIB
+DIGEST_BYTES = 32
+INLINE_BLOCKS = 64
+"""A box with more blocks keeps their digests in a file instead of the manifest."""
+
+MAX_BYTES = GIB
+MAX_ENTRIES = 10_000_000
+
+_TAIL_START, _TAIL_END = b',"blake3":"', b'"}\n'
+_TAIL_BYTES = len(_TAIL_START) + 2 * DIGEST_BYTES + len(_TAIL_END)
+_HEAD = re.compile(rb'\{"format":(\d{1,9}),"id":"([0-9a-f]{32})"')
+
+
+class FileRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A data file: name, size in bytes, length and BLAKE3 of its header (with the eight bytes before it)."""
+
+    name: str
+    size: int
+    header_bytes: int
+    header_digest: bytes
+
+
+class Box(msgspec.Struct, array_like=True, frozen=True):
+    """Where a box lies and what its bytes are.
+
+    ``file`` is an index into the manifest's files, ``offset`` counts from the file's first byte. ``digest`` is the BLAKE3 of the bytes if
+    they are one block, else of the blocks' digests one after the other; those are ``blocks``, or lie at ``blocks = (file, offset)``.
+    ``starts`` and ``sizes`` place the box in the global shape; None for the whole.
+    """
+
+    file: int
+    offset: int
+    digest: bytes
+    blocks: bytes | tuple[int, int] | None = None
+    starts: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = None
+
+
+class TensorEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="tensor"):
+    """A tensor, or a NumPy array (``kind`` is ``tensor``, ``parameter`` or ``numpy``), of global ``shape``."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    kind: str = "tensor"
+    requires_grad: bool = False
+    device: str | None = None
+    rank: int | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return numpy_arrays.item_size(self.dtype) if self.kind == "numpy" else tensors.item_size(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return tensors.nbytes_of(self.shape, self.itemsize)
+
+
+class ObjectEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="object"):
+    """An object stored by ``torch.save``; ``needs_trust`` says that the safe loader refused it when it was taken."""
+
+    path: str
+    type: str
+    nbytes: int
+    needs_trust: bool
+    boxes: tuple[Box, ...]
+    rank: int | None = None
+
+
+class ValueEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="value"):
+    """A plain Python value in the form of ``state.values``."""
+
+    path: str
+    value: Any
+    rank: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Always 0: the value is in the manifest."""
+        return 0
+
+
+class AliasEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="alias"):
+    """A tensor tied to another: the same memory under a second name."""
+
+    path: str
+    target: str
+    rank: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Always 0: the bytes are those of ``target``."""
+        return 0
+
+
+class ContainerEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="container"):
+    """A value stored as parts, the entries below its path: the name of its codec and the codec's metadata."""
+
+    path: str
+    type: str
+    meta: Any = None
+    rank: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Always 0: the bytes are those of its parts."""
+        return 0
+
+
+Entry = TensorEntry | ObjectEntry | ValueEntry | AliasEntry | ContainerEntry
+
+
+class Metadata(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the taker said of the snapshot; ``params`` and ``metrics`` in the form of ``state.values``."""
+
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    params: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    note: str | None = None
+    step: int | None = None
+
+
+class KeyRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A key of the app state and the class of the stateful under it."""
+
+    key: str
+    type: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """All that ``snapshot.json`` says but for its digest. ``created_at`` is ISO 8601 in UTC."""
+
+    format: int
+    id: str
+    created_at: str
+    writer: str
+    requires: tuple[str, ...]
+    world_size: int
+    metadata: Metadata
+    provenance: dict[str, Any]
+    keys: tuple[KeyRecord, ...]
+    files: tuple[FileRecord, ...]
+    entries: tuple[Entry, ...]
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Manifest)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of ``snapshot.json``.
+
+    Raises
+    ------
+    ManifestTooLargeError
+        If it is larger than readers accept.
+    """
+    if len(manifest.entries) > MAX_ENTRIES:
+        msg = f"the state has {len(manifest.entries):,} entries, and a snapshot holds at most {MAX_ENTRIES:,}"
+        raise ManifestTooLargeError(msg)
+    body = _encoder.encode(manifest)[:-1]
+    data = body + _TAIL_START + blake3(body).hexdigest().encode() + _TAIL_END
+    if len(data) > MAX_BYTES:
+        msg = f"the manifest would have {len(data):,} bytes, and at most {MAX_BYTES:,} are read; put large plain values into tensors"
+        raise ManifestTooLargeError(msg)
+    return data
+
+
+def digest_of(data: bytes) -> str:
+    """The manifest's own digest, in hexadecimal digits, from its bytes."""
+    return data[-len(_TAIL_END) - 2 * DIGEST_BYTES : -len(_TAIL_END)].decode("ascii")
+
+
+def is_torn(data: bytes) -> bool:
+    """Whether this is the beginning of a manifest only: a commit that did not finish.
+
+    A manifest whose end is there but altered is damaged, not torn.
+    """
+    tail = data[-_TAIL_BYTES:]
+    expected = _TAIL_START + b"\0" * (2 * DIGEST_BYTES) + _TAIL_END
+    fixed = [index for index, byte in enumerate(expected) if byte]
+    return len(tail) < _TAIL_BYTES or sum(tail[index] == expected[index] for index in fixed) < len(fixed) // 2
+
+
+def decode(data: bytes) -> Manifest:
+    """The records of a manifest.
+
+    Raises
+    ------
+    SnapshotNotFoundError
+        If it is torn.
+    SnapshotCorruptError
+        If its digest does not match.
+    UnsupportedFormatError
+        If it is of a newer format.
+    ManifestError
+        If it is not of the form that ``encode`` writes.
+    """
+    if is_torn(data):
+        msg = "the manifest is incomplete: its take was interrupted"
+        raise SnapshotNotFoundError(msg)
+    body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
+    if tail != _TAIL_START + blake3(body).hexdigest().encode() + _TAIL_END:
+        msg = "the manifest is damaged: its bytes do not match its digest"
+        raise SnapshotCorruptError(msg)
+    head = _HEAD.match(body)
+    if head is None:
+        msg = "the manifest does not begin with a format and an id"
+        raise ManifestError(msg)
+    if int(head.group(1)) > FORMAT:
+        msg = f"the snapshot has format {int(head.group(1))}, and this version reads up to {FORMAT}; upgrade expstate"
+        raise UnsupportedFormatError(msg)
+    try:
+        with _collector_paused():
+            manifest = _decoder.decode(body + b"}")
+    except RecursionError:
+        msg = "the manifest is nested too deeply"
+        raise ManifestError(msg) from None
+    except (msgspec.MsgspecError, ValueError) as error:
+        msg = f"the manifest is not of the form of format {FORMAT}: {error}"
+        raise ManifestError(msg) from error
+    unknown = set(manifest.requires) - FEATURES
+    if unknown:
+        msg = f"the snapshot needs {', '.join(sorted(unknown))!r}, which this version does not know; upgrade expstate"
+        raise UnsupportedFormatError(msg)
+    return manifest
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    # Hundreds of thousands of records are made at once and none is garbage: collections would look at all of them many times.
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,154 @@
+"""Names: ids of snapshots and attempts, names of the files of a snapshot, labels that people give.
+
+Everything that becomes part of a path, or of a ref that a person types, is made or checked here.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import uuid
+
+from expstate.errors import InvalidNameError, UnsafePathError
+
+MANIFEST = "snapshot.json"
+ANNOTATIONS = "annotations.json"
+
+_UNFIT = re.compile(r"[^A-Za-z0-9._-]")
+_FILE_NAME = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
+_ID = re.compile(r"[0-9a-f]{32}")
+_ATTEMPT = re.compile(r"[0-9a-f]{8}")
+_LEASE = re.compile(r"\.attempt-([0-9a-f]{8})\.json")
+_LABEL_BYTES = 255
+_RESERVED = {"latest", "live", ".", ".."}
+_KEY_LENGTH = 64
+
+
+def new_id() -> str:
+    """The id of a new snapshot: 32 hexadecimal digits."""
+    return uuid.uuid4().hex
+
+
+def is_id(text: str) -> bool:
+    """Whether this has the form of a snapshot's id."""
+    return _ID.fullmatch(text) is not None
+
+
+def attempt_of(snapshot_id: str) -> str:
+    """The attempt's id, which ends the name of each of its data files.
+
+    >>> attempt_of("3f9a2c71d0e14b6f8a5b4c3d2e1f0a9b")
+    '3f9a2c71'
+    """
+    return snapshot_id[:8]
+
+
+def lease_name(attempt: str) -> str:
+    """The file that says that an attempt is alive."""
+    return f".attempt-{attempt}.json"
+
+
+def attempt_of_lease(name: str) -> str | None:
+    """The attempt that a lease is for, or None if this is not the name of one."""
+    match = _LEASE.fullmatch(name)
+    return match and match.group(1)
+
+
+def is_of_attempt(name: str, attempt: str) -> bool:
+    """Whether a file belongs to an attempt by its name: a data file of it, or a temporary file that it made.
+
+    >>> is_of_attempt("model-00001-3f9a2c71.safetensors", "3f9a2c71"), is_of_attempt("notes-3f9a2c71.txt", "3f9a2c71")
+    (True, False)
+    """
+    if _ATTEMPT.fullmatch(attempt) is None:
+        return False
+    return re.fullmatch(rf"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-{attempt}\.safetensors|\.[A-Za-z.-]*\.{attempt}", name) is not None
+
+
+class FileNamer:
+    """Gives the data files of one attempt distinct names, also where case does not count.
+
+    Parameters
+    ----------
+    attempt : str
+        The attempt's id.
+    """
+
+    def __init__(self, attempt: str) -> None:
+        self._attempt = attempt
+        self._stems: dict[str, str] = {}
+        self._taken: set[str] = set()
+        self._counts: dict[str, int] = {}
+
+    def name(self, stem: str) -> str:
+        """The next data file of a key, or of what else ``stem`` stands for.
+
+        >>> FileNamer("3f9a2c71").name("model/a")
+        'model_a-00001-3f9a2c71.safetensors'
+        """
+        clean = self._stems.get(stem)
+        if clean is None:
+            first = _UNFIT.sub("_", stem)[:_KEY_LENGTH].lstrip(".") or "_"
+            clean, number = first, 1
+            while clean.casefold() in self._taken:
+                number += 1
+                clean = f"{first}~{number}".replace("~", "_")
+            self._taken.add(clean.casefold())
+            self._stems[stem] = clean
+        self._counts[clean] = self._counts.get(clean, 0) + 1
+        return f"{clean}-{self._counts[clean]:05d}-{self._attempt}.safetensors"
+
+
+def check_file_name(name: str) -> None:
+    """Refuse a data file's name that the format does not allow.
+
+    Raises
+    ------
+    UnsafePathError
+        If it could lead out of the snapshot's folder, or is the name of another kind of file.
+    """
+    if _FILE_NAME.fullmatch(name) is None or ".." in name or name in {MANIFEST, ANNOTATIONS}:
+        msg = f"the manifest names a file that no snapshot can have: {name[:300]!r}"
+        raise UnsafePathError(msg)
+
+
+def check_label(text: object, what: str) -> str:
+    """A name or tag that a ref can carry, in normal form (NFC).
+
+    Parameters
+    ----------
+    text : object
+        What the caller gave.
+    what : str
+        ``"name"`` or ``"tag"``, for the message.
+
+    Raises
+    ------
+    InvalidNameError
+        If it is not text, empty, longer than 255 bytes, reserved, or has ``@ : = /``, control or invisible characters, or spaces at
+        its ends.
+
+    Examples
+    --------
+    >>> check_label("baseline", "name")
+    'baseline'
+    """
+    if not isinstance(text, str):
+        msg = f"a {what} must be text, got {type(text).__name__}"
+        raise InvalidNameError(msg)
+    label = unicodedata.normalize("NFC", text)
+    problem = None
+    if not label or label != label.strip():
+        problem = "is empty, or begins or ends with a space"
+    elif label in _RESERVED:
+        problem = "has a meaning of its own in refs"
+    elif any(character in "@:=/" for character in label):
+        problem = "has one of @ : = / in it, which refs cannot carry"
+    elif any(unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} for character in label):
+        problem = "has control or invisible characters in it"
+    elif len(label.encode()) > _LABEL_BYTES:
+        problem = f"is longer than {_LABEL_BYTES} bytes"
+    if problem:
+        msg = f"{what} {label[:80]!r} {problem}"
+        raise InvalidNameError(msg)
+    return label

@@ -1,0 +1,204 @@
+"""What a manifest must hold before anything in it is believed.
+
+Gets decoded records, raises ``ManifestError`` for what no take writes: paths that clash, shapes that overflow, boxes that overlap, leave
+the file or do not tile the shape. A manifest that passes can be read without further doubt but for the bytes themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from expstate.errors import ManifestError, ManifestTooLargeError
+from expstate.format import names
+from expstate.format.manifest import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    INLINE_BLOCKS,
+    MAX_ENTRIES,
+    AliasEntry,
+    Box,
+    ContainerEntry,
+    Manifest,
+    ObjectEntry,
+    TensorEntry,
+)
+from expstate.state import codecs, paths
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_MAX_DIMENSIONS = 64
+_MAX_TENSOR_BYTES = 2**62
+_MAX_FILE_BYTES = 2**62
+_KINDS = {"tensor", "parameter", "numpy"}
+
+Span = tuple[int, int, int]
+"""File, first byte, byte after the last."""
+
+
+def validate(manifest: Manifest) -> None:
+    """Check a manifest's records against each other.
+
+    Raises
+    ------
+    ManifestError
+        If they cannot be what a take wrote; the message names the entry.
+    """
+    if len(manifest.entries) > MAX_ENTRIES:
+        msg = f"the manifest names {len(manifest.entries):,} entries, more than the {MAX_ENTRIES:,} that are read"
+        raise ManifestTooLargeError(msg)
+    if manifest.world_size < 1:
+        msg = f"world size {manifest.world_size} is not possible"
+        raise ManifestError(msg)
+    _check_files(manifest)
+    _check_paths(manifest)
+    spans: list[Span] = []
+    for entry in manifest.entries:
+        if type(entry) is TensorEntry:
+            _check_tensor(entry, manifest, spans)
+        elif type(entry) is ObjectEntry:
+            _check_object(entry, manifest, spans)
+    _check_disjoint(spans, manifest)
+
+
+def _fail(path: str, problem: str) -> None:
+    msg = f"entry {path[:300]!r} {problem}"
+    raise ManifestError(msg)
+
+
+def _check_files(manifest: Manifest) -> None:
+    seen: set[str] = set()
+    for record in manifest.files:
+        names.check_file_name(record.name)
+        if record.name.casefold() in seen:
+            msg = f"the manifest names file {record.name!r} twice"
+            raise ManifestError(msg)
+        seen.add(record.name.casefold())
+        if not 8 <= record.header_bytes <= record.size <= _MAX_FILE_BYTES or len(record.header_digest) != DIGEST_BYTES:
+            msg = f"the record of file {record.name!r} is not possible"
+            raise ManifestError(msg)
+
+
+def _check_paths(manifest: Manifest) -> None:
+    """Each path once, each below a container; aliases name a tensor of the same key that came before."""
+    kinds: dict[str, type] = {}
+    keys = {paths.quote(record.key) for record in manifest.keys}
+    for entry in manifest.entries:
+        path = entry.path
+        if path in kinds:
+            _fail(path, "is there twice")
+        above, _, name = path.rpartition("/")
+        if above:
+            if kinds.get(above) is not ContainerEntry:
+                _fail(path, "is not inside a container")
+            if not name:
+                _fail(path, "has no name")
+        elif path not in keys:
+            _fail(path, "is not one of the keys")
+        kind = type(entry)
+        kinds[path] = kind
+        if kind is AliasEntry:
+            target = entry.target  # type: ignore[union-attr] - its type was just compared
+            if kinds.get(target) is not TensorEntry or target.partition("/")[0] != path.partition("/")[0]:
+                _fail(path, "is tied to something that is no tensor of this key")
+        elif kind is ContainerEntry:
+            codecs.by_name(entry.type)  # type: ignore[union-attr] - its type was just compared
+    missing = keys - kinds.keys()
+    if missing:
+        _fail(min(missing), "is a key without a state")
+
+
+def _check_tensor(entry: TensorEntry, manifest: Manifest, spans: list[Span]) -> None:
+    shape = entry.shape
+    if entry.kind not in _KINDS:
+        _fail(entry.path, f"is of unknown kind {entry.kind!r}")
+    try:
+        itemsize = entry.itemsize
+    except (KeyError, ValueError):
+        _fail(entry.path, f"has a dtype that is not known here: {entry.dtype[:80]!r}")
+    if len(shape) > _MAX_DIMENSIONS or (shape and min(shape) < 0) or math.prod(max(size, 1) for size in shape) * itemsize > _MAX_TENSOR_BYTES:
+        _fail(entry.path, f"has a shape that is not possible: {shape[:8]}")
+    boxes = entry.boxes
+    if len(boxes) == 1 and boxes[0].starts is None and boxes[0].sizes is None:
+        _check_box(entry.path, boxes[0], math.prod(shape) * itemsize, manifest, spans)
+        return
+    for box in boxes:
+        starts, sizes = box.starts, box.sizes
+        if starts is None or sizes is None or not len(starts) == len(sizes) == len(shape):
+            _fail(entry.path, "has a box without a place in its shape")
+            return
+        if any(start < 0 or size < 0 or start + size > whole for start, size, whole in zip(starts, sizes, shape, strict=True)):
+            _fail(entry.path, "has a box outside its shape")
+        _check_box(entry.path, box, math.prod(sizes) * itemsize, manifest, spans)
+    _check_tiling(entry)
+
+
+def _check_object(entry: ObjectEntry, manifest: Manifest, spans: list[Span]) -> None:
+    if len(entry.boxes) != 1 or entry.boxes[0].starts is not None or not 0 < entry.nbytes <= _MAX_TENSOR_BYTES:
+        _fail(entry.path, "has no bytes, or is in pieces")
+    _check_box(entry.path, entry.boxes[0], entry.nbytes, manifest, spans)
+
+
+def _check_box(path: str, box: Box, nbytes: int, manifest: Manifest, spans: list[Span]) -> None:
+    if len(box.digest) != DIGEST_BYTES:
+        _fail(path, "has a digest of the wrong length")
+    _check_span(path, box.file, box.offset, nbytes, manifest, spans)
+    count = -(-nbytes // BLOCK_BYTES)
+    blocks = box.blocks
+    if count <= 1:
+        if blocks is not None:
+            _fail(path, "has digests of blocks that it has not")
+    elif isinstance(blocks, tuple):
+        _check_span(path, blocks[0], blocks[1], count * DIGEST_BYTES, manifest, spans)
+    elif blocks is None or count > INLINE_BLOCKS or len(blocks) != count * DIGEST_BYTES:
+        _fail(path, "has not one digest for each block")
+
+
+def _check_span(path: str, file: int, offset: int, nbytes: int, manifest: Manifest, spans: list[Span]) -> None:
+    if not 0 <= file < len(manifest.files):
+        _fail(path, f"lies in file number {file}, and there are {len(manifest.files)}")
+    record = manifest.files[file]
+    if not record.header_bytes <= offset <= offset + nbytes <= record.size:
+        _fail(path, f"needs {nbytes:,} bytes at {offset:,} of file {record.name!r}, which has {record.size:,}")
+    if nbytes:
+        spans.append((file, offset, offset + nbytes))
+
+
+def _check_disjoint(spans: list[Span], manifest: Manifest) -> None:
+    spans.sort()
+    last_file, last_stop = -1, 0
+    for file, start, stop in spans:
+        if file == last_file and start < last_stop:
+            msg = f"two entries lie over each other at byte {start:,} of file {manifest.files[file].name!r}"
+            raise ManifestError(msg)
+        last_file, last_stop = file, stop
+
+
+def _check_tiling(entry: TensorEntry) -> None:
+    """The boxes cover the shape and nothing twice: their volumes add up to it and no two of them meet."""
+    boxes = [box for box in entry.boxes if box.sizes is not None and 0 not in box.sizes]
+    if sum(math.prod(box.sizes or ()) for box in boxes) != math.prod(entry.shape):
+        _fail(entry.path, "is not covered by its boxes")
+    if not entry.shape:
+        return
+    # Sorted by the first dimension, only boxes that share rows can meet.
+    boxes.sort(key=lambda box: box.starts or ())
+    active: list[Box] = []
+    for box in boxes:
+        first = _of(box.starts)[0]
+        active = [other for other in active if _of(other.starts)[0] + _of(other.sizes)[0] > first]
+        if any(_meet(box, other) for other in active):
+            _fail(entry.path, "has boxes that lie over each other")
+        active.append(box)
+
+
+def _of(place: tuple[int, ...] | None) -> Sequence[int]:
+    return place or ()
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return all(
+        start < other_start + other_size and other_start < start + size
+        for start, size, other_start, other_size in zip(_of(one.starts), _of(one.sizes), _of(other.starts), _of(other.sizes), strict=True)
+    )

@@ -1,0 +1,260 @@
+"""State dicts as lists of leaves, and leaves as state dicts.
+
+``flatten`` walks nested containers in order and gives containers, plain values, arrays (tensors and NumPy arrays as tensors), aliases of
+tied tensors and opaque objects, each with its path. ``build`` puts a value together again from the same kinds.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import torch
+
+from expstate.errors import ExpstateError, ManifestError, UnsupportedValueError
+from expstate.state import (
+    codecs,
+    numpy_arrays,
+    numpy_codecs,
+    numpy_random,
+    packed,
+    pandas_codecs,
+    paths,
+    quantized_codecs,
+    subclass_codecs,
+    torch_codecs,
+)
+from expstate.state.tensors import NAMES
+from expstate.state.values import NotPlainError, encode, is_long
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Container(msgspec.Struct, frozen=True):
+    """A value stored as parts: the name of its codec, the codec's metadata, and the value itself."""
+
+    path: str
+    type: str
+    meta: Any
+    value: Any
+
+
+class Value(msgspec.Struct, frozen=True):
+    """A plain value and its JSON form."""
+
+    path: str
+    value: Any
+    encoded: Any
+
+
+class Array(msgspec.Struct, frozen=True):
+    """A tensor, or a NumPy array seen as one.
+
+    ``tensor`` is strided and holds the bytes; ``dtype`` and ``shape`` are those of ``value``, the object in the state (equal to the tensor's
+    but for NumPy dtypes that torch has not, which are bytes to torch). ``kind`` is ``tensor``, ``parameter`` or ``numpy``.
+    """
+
+    path: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+    value: Any
+    requires_grad: bool = False
+
+
+class Alias(msgspec.Struct, frozen=True):
+    """A tensor tied to one that came before: the same memory, shape and strides."""
+
+    path: str
+    target: str
+    value: Any
+
+
+class Object(msgspec.Struct, frozen=True):
+    """A value that only ``torch.save`` can store."""
+
+    path: str
+    value: Any
+
+
+Leaf = Container | Value | Array | Alias | Object
+
+_DENSE_TYPES = {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor)}
+KINDS_OF_PARTS = (codecs, packed, torch_codecs, quantized_codecs, subclass_codecs, numpy_codecs, numpy_random, pandas_codecs)
+"""The modules whose codecs are known once this one is imported."""
+
+
+class _Flattener:
+    def __init__(self, *, allow_meta: bool) -> None:
+        self.leaves: list[Leaf] = []
+        self._allow_meta = allow_meta
+        self._tied: dict[tuple[Any, ...], str] = {}
+        self._open: set[int] = set()
+
+    def add(self, path: str, value: Any) -> None:
+        kind = type(value)
+        if kind in _DENSE_TYPES:
+            if value.layout is torch.strided and value.dtype in NAMES and not value.is_nested:
+                self._add_tensor(path, value)
+                return
+        elif kind is not dict:
+            try:
+                self.leaves.append(Value(path, value, encode(value)))
+            except NotPlainError:
+                pass
+            except RecursionError:
+                self._fail(path, "is nested too deeply, or holds itself")
+            else:
+                return
+        if self._add_parts(path, value):
+            return
+        if (array := numpy_arrays.as_tensor(value)) is not None:
+            self.leaves.append(Array(path, "numpy", value.dtype.str, tuple(value.shape), array, value))
+        else:
+            self._check_tensor(path, value)
+            self.leaves.append(Object(path, value))
+
+    def _add_tensor(self, path: str, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta" and not self._allow_meta:
+            self._fail(path, "is on the meta device and has no values; materialise the module before the take")
+        shape = tuple(tensor.shape)
+        address = tensor.data_ptr()
+        if address:
+            identity = (address, shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+            first = self._tied.setdefault(identity, path)
+            if first is not path:
+                self.leaves.append(Alias(path, first, tensor))
+                return
+        kind = "parameter" if type(tensor) is torch.nn.Parameter else "tensor"
+        self.leaves.append(Array(path, kind, NAMES[tensor.dtype], shape, tensor.detach(), tensor, tensor.requires_grad))
+
+    def _add_parts(self, path: str, value: Any) -> bool:
+        codec = packed.CODEC if is_long(value) else codecs.find(value)
+        if codec is None:
+            return False
+        if id(value) in self._open:
+            self._fail(path, "holds itself, which cannot be stored")
+        try:
+            meta, parts = codec.flatten(value)
+        except NotPlainError:
+            return False
+        except UnsupportedValueError as error:
+            self._fail(path, str(error))
+        self.leaves.append(Container(path, codec.name, meta, value))
+        self._open.add(id(value))
+        for part, child in parts.items():
+            self.add(f"{path}/{part}", child)
+        self._open.discard(id(value))
+        return True
+
+    def _check_tensor(self, path: str, value: Any) -> None:
+        if not isinstance(value, torch.Tensor):
+            return
+        if value.device.type == "meta":
+            self._fail(path, "is on the meta device and has no values; materialise the module before the take")
+        if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+            self._fail(path, "is a lazy parameter without a shape; run the module once before the take")
+        distributed = sys.modules.get("torch.distributed.tensor")
+        if distributed is not None and isinstance(value, distributed.DTensor):
+            self._fail(path, "is a DTensor, which this version cannot store; take its full_tensor()")
+
+    @staticmethod
+    def _fail(path: str, reason: str) -> None:
+        msg = f"entry {path!r} {reason}"
+        raise UnsupportedValueError(msg)
+
+
+def flatten(key: str, state: Any, *, allow_meta: bool = False) -> list[Leaf]:
+    """The leaves of a key's state, in order, each container before its parts.
+
+    Parameters
+    ----------
+    key : str
+        The key in the app state.
+    state : Any
+        What its ``state_dict()`` gave.
+    allow_meta : bool, default False
+        Whether dense tensors may be on the meta device: to restore over, not to take.
+
+    Raises
+    ------
+    UnsupportedValueError
+        If something in it cannot be stored at all; the message names its path.
+
+    Examples
+    --------
+    >>> [leaf.path for leaf in flatten("model", {"layers": {"0.weight": torch.zeros(2)}, "epoch": 3})]
+    ['model', 'model/layers', 'model/layers/0.weight', 'model/epoch']
+    """
+    flattener = _Flattener(allow_meta=allow_meta)
+    try:
+        flattener.add(paths.quote(key), state)
+    except RecursionError:
+        msg = f"the state of {key!r} is nested too deeply"
+        raise UnsupportedValueError(msg) from None
+    return flattener.leaves
+
+
+class Part(NamedTuple):
+    """What ``build`` is given for a path: a container's codec and metadata, or with no ``type`` the finished value."""
+
+    path: str
+    type: str | None
+    meta: Any
+    value: Any
+
+
+def build(parts: Sequence[Part], live: Mapping[str, Any], kept: Mapping[str, Part] | None = None) -> Any:
+    """Put a value together from its parts.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        Each container before what is in it; the first is the whole.
+    live : mapping of str to Any
+        The objects now at these paths. An opaque object all of whose parts are the live ones is kept as it is.
+    kept : mapping of str to Part, optional
+        Live containers that are restored only in part: what the snapshot does not bring stays.
+
+    Returns
+    -------
+    Any
+        The value of the first path.
+
+    Raises
+    ------
+    ManifestError
+        If the parts do not make a value.
+    """
+    children: dict[str, list[tuple[str, Any]]] = {}
+    result: Any = None
+    for path, kind, meta, value in reversed(parts):
+        if kind is not None:
+            found = dict(reversed(children.pop(path, [])))
+            value = _build_container(path, codecs.by_name(kind), meta, found, live, kept)  # noqa: PLW2901 - the value of this path
+        above, _, name = path.rpartition("/")
+        children.setdefault(above, []).append((name, value))
+        result = value
+    return result
+
+
+def _build_container(
+    path: str, codec: codecs.Codec, meta: Any, parts: codecs.Parts, live: Mapping[str, Any], kept: Mapping[str, Part] | None
+) -> Any:
+    now = live.get(path)
+    try:
+        if kept is not None and path in kept:
+            live_meta, live_parts = codec.flatten(now)
+            meta = codec.merge(meta, live_meta)
+            parts = live_parts | parts
+        return codec.build(meta, parts, now if codec.accepts(now) else None)
+    except ExpstateError as error:
+        msg = f"entry {path!r}: {error}"
+        raise type(error)(msg) from error
+    except Exception as error:
+        # Codecs are fed by files: whatever they trip over means that the entry is not what they wrote.
+        msg = f"entry {path!r} cannot be rebuilt as {codec.name}: {error}"
+        raise ManifestError(msg) from error
