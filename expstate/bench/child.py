@@ -1,0 +1,207 @@
+"""The process that measures one step, once: ``python3 -m expstate.bench.child TASK``.
+
+Gets a ``Task`` as JSON, prints an ``Outcome`` as a line of JSON. States are built, caches set and results checked outside the timed part.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from expstate.bench import limits, measure, state, systems
+from expstate.bench.measure import Meter
+from expstate.bench.plan import LIMIT, SNAPSHOT, Outcome, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+def _meter(task: Task, *, maps_files: bool = False) -> Meter:
+    device = task.workload.device
+    if device == "cpu":
+        return Meter(maps_files=maps_files)
+    module: Any = torch.get_device_module(device)
+    return Meter(maps_files=maps_files, synchronize=module.synchronize)
+
+
+def _outcome(meter: Meter, nbytes: int, **more: Any) -> Outcome:
+    return Outcome(meter.seconds, meter.cpu_seconds, meter.peak_extra_bytes, nbytes, **more)
+
+
+def _check(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
+    wrong = [name for name, digest in expected.items() if found.get(name) != digest]
+    return f"{len(wrong)} of {len(expected)} tensors differ after the restore, the first is {wrong[0]!r}" if wrong else ""
+
+
+def _expected(task: Task) -> dict[str, str]:
+    return msgspec.json.decode(Path(task.expected).read_bytes(), type=dict[str, str])
+
+
+def _describe(task: Task) -> Outcome:
+    Path(task.expected).write_bytes(msgspec.json.encode(state.digests(state.random_state(task.workload))))
+    return Outcome()
+
+
+def _prepare(task: Task) -> Outcome:
+    if task.system == LIMIT:
+        with open(f"{task.kept}/{SNAPSHOT}", "wb") as file:
+            for tensor in state.random_state(task.workload).tensors.values():
+                host = tensor.cpu()
+                file.write(state.bytes_of(host))
+        measure.make_durable(Path(task.kept))
+    else:
+        systems.CLASSES[task.system](task).take(Path(task.kept), state.random_state(task.workload))
+    return Outcome()
+
+
+def _limit(task: Task) -> Outcome:
+    kept = Path(task.kept)
+    workers = int(task.setting.partition(" ")[0] or 1)
+    job = limits.Job(task.workload.total_bytes, workers, task.workload.device, Path(task.folder), kept)
+    left = 0
+    if task.component.startswith("read_cached"):
+        measure.warm(kept)
+    elif task.component.startswith("read"):
+        left = measure.evict(kept)
+    meter = _meter(task)
+    limits.COMPONENTS[task.component](job, meter)
+    return _outcome(meter, state.PROBE_BYTES if task.component == "read_one" else job.total_bytes, cached_bytes=left)
+
+
+def _take(task: Task) -> Outcome:
+    live = state.random_state(task.workload)
+    system = systems.CLASSES[task.system](task)
+    meter = _meter(task)
+    with meter:
+        system.take(Path(task.folder), live)
+    return _outcome(meter, live.nbytes)
+
+
+def _restore(task: Task) -> Outcome:
+    kept = Path(task.kept)
+    live = state.touched_state(task.workload)
+    system = systems.CLASSES[task.system](task)
+    left = 0
+    if task.operation.startswith("restore_warm"):
+        measure.warm(kept)
+    else:
+        left = measure.evict(kept)
+    meter = _meter(task, maps_files=system.maps_files)
+    with meter:
+        system.restore(kept, live, verify=task.operation != "restore_warm_unverified")
+    return _outcome(meter, live.nbytes, cached_bytes=left, error=_check(_expected(task), state.digests(live)))
+
+
+def _read_one(task: Task) -> Outcome:
+    kept = Path(task.kept)
+    probe = state.touched_probe(task.workload)
+    system = systems.CLASSES[task.system](task)
+    left = measure.evict(kept)
+    read = system.probe_reader(kept)
+    meter = _meter(task, maps_files=system.maps_files)
+    with meter:
+        read(probe)
+    name = state.PROBE
+    error = _check({name: _expected(task)[name]}, state.digests(state.TensorState({name: probe})))
+    return _outcome(meter, probe.nbytes, cached_bytes=left, error=error)
+
+
+def _async_stall(task: Task) -> Outcome:
+    live = state.random_state(task.workload)
+    expected = state.digests(live)
+    system = systems.CLASSES[task.system](task)
+    begin = system.async_taker(live)
+    first, second = (Path(task.folder) / name for name in ("first", "second"))
+    first.mkdir()
+    second.mkdir()
+    begin(first)()
+    meter = _meter(task)
+    with meter:
+        wait = begin(second)
+    # The snapshot must hold what was there when the call returned, whatever happens next.
+    state.overwrite(live)
+    wait()
+    error = ""
+    if any(second.iterdir()):
+        system.restore(second, live, verify=True)
+        error = _check(expected, state.digests(live))
+    return _outcome(meter, live.nbytes, error=error)
+
+
+def _small_tensors(task: Task) -> Outcome:
+    folder = Path(task.folder)
+    live = state.random_small_state(task.workload)
+    expected = state.digests(live)
+    system = systems.CLASSES[task.system](task)
+    taking = _meter(task)
+    with taking:
+        system.take(folder, live)
+    state.overwrite(live)
+    left = measure.evict(folder)
+    restoring = _meter(task, maps_files=system.maps_files)
+    with restoring:
+        system.restore(folder, live, verify=True)
+    parts = {"take": taking.seconds, "restore": restoring.seconds}
+    error = _check(expected, state.digests(live))
+    if isinstance(system, systems.Expstate):
+        listing = _meter(task)
+        with listing:
+            count = system.count_entries(folder)
+        parts["entries"] = listing.seconds
+        if count != len(expected):
+            error = error or f"the snapshot lists {count} entries of {len(expected)}"
+    return Outcome(
+        seconds=taking.seconds + restoring.seconds,
+        cpu_seconds=taking.cpu_seconds + restoring.cpu_seconds,
+        peak_extra_bytes=max(taking.peak_extra_bytes, restoring.peak_extra_bytes),
+        bytes=live.nbytes,
+        cached_bytes=left,
+        parts=parts,
+        error=error,
+    )
+
+
+_STEPS: dict[str, Callable[[Task], Outcome]] = {
+    "describe": _describe,
+    "prepare": _prepare,
+    "take": _take,
+    "take_budget": _take,
+    "staging": _take,
+    "async_stall": _async_stall,
+    "restore_cold": _restore,
+    "restore_budget": _restore,
+    "restore_warm": _restore,
+    "restore_warm_unverified": _restore,
+    "read_one": _read_one,
+    "small_tensors": _small_tensors,
+}
+
+
+def perform(task: Task) -> Outcome:
+    """Do the step; what goes wrong is told in ``Outcome.error``."""
+    try:
+        step = _limit if task.component else _STEPS[task.operation]
+        with warnings.catch_warnings():
+            # Peers warn of what is meant here, such as a take without a process group.
+            warnings.simplefilter("ignore")
+            return step(task)
+    except Exception as error:  # noqa: BLE001 - one system's failure is a result like others
+        lines = str(error).strip().splitlines() or [""]
+        return Outcome(error=f"{type(error).__name__}: {lines[0]}")
+
+
+def main() -> int:
+    """Do the step that the command line names."""
+    task = msgspec.json.decode(sys.argv[1], type=Task)
+    outcome = perform(task)
+    sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The plan of a benchmark: operations, what each is compared with, and the records that go to a child process and come back.
+
+Gets nothing; ``run``, ``child`` and ``report`` read it. Nothing here needs PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+BUDGET_BYTES = 256 * MIB
+"""Memory budget of the operations that measure peak memory."""
+
+LIMIT = "limit"
+SYSTEMS = (LIMIT, "expstate", "torch", "safetensors", "dcp", "torchsnapshot")
+MODULES = {"torch": "torch", "safetensors": "safetensors", "dcp": "torch", "torchsnapshot": "torchsnapshot", "expstate": "expstate"}
+"""The module that a system needs."""
+
+SNAPSHOT = "snapshot"
+"""File or folder that a system writes in the folder given to it; the raw file of the limits has this name too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is measured.
+
+    Attributes
+    ----------
+    name, help : str
+        Its name in results, and a line for people.
+    limits : tuple of str
+        What the machine must do at least, names of ``limits``; the slowest is the limit.
+    device_limits : tuple of str
+        The same where the state is on an accelerator.
+    needs_kept : bool
+        Whether a snapshot taken beforehand is read.
+    device_only : bool
+        Whether it exists only with ``--device``.
+    null_on_device : bool
+        Whether expstate takes to the null storage where the state is on an accelerator, so that the transfer alone is measured.
+    """
+
+    name: str
+    help: str
+    limits: tuple[str, ...] = ()
+    device_limits: tuple[str, ...] = ()
+    needs_kept: bool = False
+    device_only: bool = False
+    null_on_device: bool = False
+
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        Operation("take", "take, durable when it returns", ("write",), ("write", "to_host")),
+        Operation("take_budget", "take within a budget of 256 MiB", ("write",), ("write", "to_host")),
+        Operation("async_stall", "until async_take returns, second take of the process", ("copy",), ("to_host",), null_on_device=True),
+        Operation(
+            "restore_cold", "restore, files not cached, verified where the system can", ("read",), ("read", "to_device"), needs_kept=True
+        ),
+        Operation("restore_budget", "restore_cold within a budget of 256 MiB", ("read",), ("read", "to_device"), needs_kept=True),
+        Operation(
+            "restore_warm",
+            "restore, files cached, verified",
+            ("read_cached_verified",),
+            ("read_cached_verified", "to_device"),
+            needs_kept=True,
+        ),
+        Operation(
+            "restore_warm_unverified",
+            "restore, files cached, not verified",
+            ("read_cached",),
+            ("read_cached", "to_device"),
+            needs_kept=True,
+        ),
+        Operation("read_one", "the 1 MiB tensor, manifest already read, file not cached", ("read_one",), ("read_one",), needs_kept=True),
+        Operation("small_tensors", "take and cold restore of many tensors of 1 KiB"),
+        Operation("staging", "take to the null storage", (), ("to_host",), device_only=True, null_on_device=True),
+        Operation("copy_device", "copy of the state on the device", (), ("copy_device",), device_only=True),
+    )
+}
+
+
+_RESTORES = ("restore_cold", "restore_warm_unverified")
+_THREADS = ("1 thread", "2 threads", "4 threads")
+_SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "expstate": dict.fromkeys(OPERATIONS.keys() - {"copy_device"}, ("",)),
+    "torch": {
+        **dict.fromkeys(("take", "small_tensors"), ("crc", "no crc")),
+        **dict.fromkeys((*_RESTORES, "read_one"), ("mmap",)),
+    },
+    "safetensors": {
+        "take": ("",),
+        **dict.fromkeys((*_RESTORES, "read_one", "small_tensors"), ("mmap", "pread")),
+    },
+    "dcp": {
+        **dict.fromkeys(("take", "small_tensors"), _THREADS),
+        **dict.fromkeys((*_RESTORES, "read_one", "async_stall"), ("",)),
+    },
+    "torchsnapshot": dict.fromkeys(("take", *_RESTORES, "read_one", "async_stall", "small_tensors"), ("",)),
+}
+_STREAMED = {"to_host": ("1 stream", "2 streams"), "to_device": ("1 stream", "2 streams"), "copy_device": ("",), "read_one": ("1 thread",)}
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """The state that is moved: bytes in all, tensors, and how many tensors ``small_tensors`` has."""
+
+    total_bytes: int
+    tensors: int
+    small_tensors: int
+    device: str = "cpu"
+
+
+class Task(msgspec.Struct, frozen=True):
+    """One step for one child process.
+
+    Attributes
+    ----------
+    operation, system : str
+        What to measure; beside the operations of the plan ``prepare`` takes a snapshot into ``kept``, and ``describe`` writes the digests
+        of the state's tensors to the file ``expected``.
+    setting : str
+        The system's setting, such as a number of threads; empty where it has one only.
+    component : str
+        For the limits, which one.
+    folder : str
+        Empty folder for what the step writes.
+    """
+
+    operation: str
+    system: str
+    workload: Workload
+    folder: str
+    kept: str = ""
+    expected: str = ""
+    component: str = ""
+    setting: str = ""
+    memory_budget_bytes: int | None = None
+
+
+class Outcome(msgspec.Struct):
+    """What a child measured, once. ``cached_bytes`` were still in the page cache when a cold operation began."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_extra_bytes: int = 0
+    bytes: int = 0
+    cached_bytes: int = 0
+    parts: dict[str, float] = msgspec.field(default_factory=dict)
+    error: str = ""
+
+
+def operation_names(*, device: bool) -> list[str]:
+    """The operations that exist for a state on the host or on an accelerator.
+
+    Examples
+    --------
+    >>> "staging" in operation_names(device=False), "staging" in operation_names(device=True)
+    (False, True)
+    """
+    return [operation.name for operation in OPERATIONS.values() if device or not operation.device_only]
+
+
+def contenders(operation: str, system: str, *, device: bool) -> list[tuple[str, str]]:
+    """Pairs of component and setting in which a system takes part in an operation; none if it cannot.
+
+    A system that never verifies is not compared with a verified restore from the page cache, where the digests cost as much as the reading.
+
+    Examples
+    --------
+    >>> contenders("take", "limit", device=False)
+    [('write', '1 thread'), ('write', '2 threads'), ('write', '4 threads')]
+    >>> contenders("restore_warm", "torch", device=False)
+    []
+    """
+    if system != LIMIT:
+        return [("", setting) for setting in _SETTINGS[system].get(operation, ())]
+    described = OPERATIONS[operation]
+    components = described.device_limits if device else described.limits
+    return [(component, setting) for component in components for setting in _STREAMED.get(component, _THREADS)]

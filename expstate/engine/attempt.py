@@ -1,0 +1,315 @@
+"""One try to put a snapshot in place: the lease that says it is alive, the commit, and the clean-up of what did not get there.
+
+An attempt's files carry its id in their names, so that clean-up never touches another's. The manifest is created last and exclusively; from then
+on the snapshot exists, and nothing here removes its files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from expstate.errors import ExpstateError, SnapshotExistsError, SnapshotNotFoundError, SnapshotReplacedError, SnapshotWriteError
+from expstate.format import manifest as manifests
+from expstate.format import names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from expstate.format.manifest import Manifest
+    from expstate.storage.base import Storage
+
+RENEW_SECONDS = 60.0
+LEASE_SECONDS = 24 * 3600.0
+"""A lease that was not renewed for so long is dead wherever its process is."""
+
+
+class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who is at work: the process by host, boot, process namespace, id and start, so that another process can tell whether it lives."""
+
+    id: str
+    action: str
+    host: str
+    boot: str | None
+    namespace: str | None
+    pid: int
+    started: int | None
+    heartbeat: float
+    files: tuple[str, ...] = ()
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.readline().strip()
+    except OSError:
+        return None
+
+
+def boot_id() -> str | None:
+    """What tells this boot of this machine from every other, or None where the system does not say."""
+    return _first_line("/proc/sys/kernel/random/boot_id")
+
+
+def process_namespace() -> str | None:
+    """What tells the process ids of one container from those of another."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def start_time(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; None if there is no such process."""
+    line = _first_line(f"/proc/{pid}/stat")
+    # The command's name is in parentheses and may hold anything; the 20th field after it is the start.
+    fields = line.rpartition(")")[2].split() if line else []
+    return int(fields[19]) if len(fields) > 19 else None  # noqa: PLR2004 - see above
+
+
+def is_dead(lease: Lease, modified_at: float, now: float) -> bool:
+    """Whether nobody is at work under this lease any more.
+
+    A process of this boot and namespace is looked for, however old the lease is; any other counts as dead when the lease was not renewed for
+    ``LEASE_SECONDS`` by the storage's clock.
+    """
+    boot = boot_id()
+    if boot is not None and (lease.boot, lease.namespace) == (boot, process_namespace()):
+        return lease.started is None or start_time(lease.pid) != lease.started
+    return now - modified_at > LEASE_SECONDS
+
+
+def decode_lease(data: bytes) -> Lease | None:
+    """The lease in these bytes, or None if they hold none."""
+    try:
+        return msgspec.json.decode(data, type=Lease)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def read_committed(storage: Storage) -> bytes | None:
+    """The bytes of the manifest at this place, whole or damaged, or None if there is no commit (none, or a torn one)."""
+    try:
+        data = storage.read(names.MANIFEST, limit=manifests.MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    return None if manifests.is_torn(data) else data
+
+
+def _files_of(data: bytes | None) -> list[str]:
+    """The data files that a manifest names; none for a torn or damaged one, which nothing can be learnt from."""
+    try:
+        files = [record.name for record in manifests.decode(data or b"").files]
+        for name in files:
+            names.check_file_name(name)
+    except ExpstateError:
+        return []
+    return files
+
+
+class Attempt:
+    """A try to put a snapshot in a folder.
+
+    Parameters
+    ----------
+    storage : Storage
+        The folder.
+    snapshot_id : str
+        Of the snapshot to be.
+    action : str
+        ``"take"``, ``"copy"`` or ``"delete"``, for people who find the lease.
+    """
+
+    def __init__(self, storage: Storage, snapshot_id: str, action: str) -> None:
+        self._storage = storage
+        self._action = action
+        self._made_folder = False
+        self._holds_lease = False
+        self._renewed = 0.0
+        self._renewing = threading.Lock()
+        self._replaces: bytes | None = None
+        self._lease_files: tuple[str, ...] = ()
+        self.id = snapshot_id
+        self.token = names.attempt_of(snapshot_id)
+        self.committed = False
+
+    @property
+    def _lease_name(self) -> str:
+        return names.lease_name(self.token)
+
+    def _lease(self) -> bytes:
+        pid = os.getpid()
+        lease = Lease(
+            self.id, self._action, socket.gethostname(), boot_id(), process_namespace(), pid, start_time(pid), time.time(), self._lease_files
+        )
+        return msgspec.json.encode(lease)
+
+    def begin(self, *, overwrite: bool) -> None:
+        """Make the folder, see that the place is free and put the lease there.
+
+        Raises
+        ------
+        SnapshotExistsError
+            If a snapshot is there and is not to be overwritten, or the same snapshot is being copied there.
+        """
+        self._made_folder = self._storage.prepare()
+        try:
+            self._check_free(overwrite=overwrite)
+            # The files of a snapshot that will be replaced do not carry this attempt's id: the lease names them for gc.
+            self.hold(_files_of(self._replaces))
+        except BaseException:
+            self.abort([])
+            raise
+
+    def _check_free(self, *, overwrite: bool) -> None:
+        try:
+            self._replaces = self._storage.read(names.MANIFEST, limit=manifests.MAX_BYTES)
+        except FileNotFoundError:
+            self._replaces = None
+        if self._replaces is not None and not overwrite and not manifests.is_torn(self._replaces):
+            msg = f"a snapshot is already at {self._storage.url!r}; take to another path, or pass overwrite=True"
+            raise SnapshotExistsError(msg)
+
+    def hold(self, files: Iterable[str] = ()) -> None:
+        """Create the lease; ``files`` are named in it that do not carry the attempt's id."""
+        self._lease_files = tuple(files)
+        try:
+            self._storage.create(self._lease_name, self._lease(), token=self.token)
+        except FileExistsError:
+            msg = f"another process is at work on snapshot {self.token} at {self._storage.url!r}, or was: expstate.gc() removes what it left"
+            raise SnapshotExistsError(msg) from None
+        self._holds_lease = True
+        self._renewed = time.monotonic()
+
+    def renew(self) -> None:
+        """Say that the attempt is alive, if that was long enough ago; called as bytes go by."""
+        with self._renewing:
+            if time.monotonic() - self._renewed < RENEW_SECONDS:
+                return
+            self._renewed = time.monotonic()
+            self._storage.replace(self._lease_name, self._lease(), token=self.token)
+
+    def commit(self, data: bytes, sizes: dict[str, int]) -> None:
+        """Make names durable, check that everything is there, and create the manifest.
+
+        Parameters
+        ----------
+        data : bytes
+            The manifest.
+        sizes : dict of str to int
+            Every file that it names and its size in bytes.
+
+        Raises
+        ------
+        SnapshotWriteError
+            If a file or the lease is not as it was left.
+        SnapshotExistsError
+            If someone else committed here first.
+        """
+        self._storage.flush()
+        for name, size in sizes.items():
+            try:
+                found = self._storage.stat(name).size
+            except FileNotFoundError:
+                found = -1
+            if found != size:
+                msg = f"file {name!r} of {self._storage.url!r} was written with {size:,} bytes and now has {max(found, 0):,}"
+                raise SnapshotWriteError(msg)
+        try:
+            self._storage.stat(self._lease_name)
+        except FileNotFoundError:
+            msg = f"the lease of this take is gone from {self._storage.url!r}: someone cleaned up while it was at work; take again"
+            raise SnapshotWriteError(msg) from None
+        try:
+            if self._replaces is None:
+                self._storage.create(names.MANIFEST, data, token=self.token)
+            else:
+                self._storage.replace(names.MANIFEST, data, token=self.token, expected=self._replaces)
+        except FileExistsError:
+            msg = f"someone else took a snapshot to {self._storage.url!r} at the same time and was first"
+            raise SnapshotExistsError(msg) from None
+        self.committed = True
+
+    def finish(self) -> None:
+        """After the commit: remove the files of the snapshot that was replaced, then the lease. A failure leaves work for ``gc`` and no more."""
+        with contextlib.suppress(ExpstateError, OSError):
+            if self._lease_files and self._action != "delete":
+                kept = set(_files_of(read_committed(self._storage)))
+                for name in self._lease_files:
+                    if name not in kept:
+                        self._storage.delete(name)
+            self._storage.delete(self._lease_name)
+            self._storage.flush()
+
+    def abort(self, created: Iterable[str]) -> None:
+        """Remove what this attempt has put there, unless it turns out to be committed. The lease goes last."""
+        with contextlib.suppress(ExpstateError, OSError):
+            if self._is_committed():
+                self.committed = True
+                self.finish()
+                return
+            for name in created:
+                self._storage.delete(name)
+            if self._holds_lease:
+                self._storage.delete(self._lease_name)
+            if self._made_folder:
+                self._storage.remove_folder()
+
+    def _is_committed(self) -> bool:
+        # An interrupt can come between the commit and the note of it.
+        data = read_committed(self._storage)
+        return data is not None and data.startswith(b'{"format":') and f'"id":"{self.id}"'.encode() in data[:100]
+
+
+def read_manifest(storage: Storage) -> tuple[Manifest, bytes]:
+    """The manifest of a snapshot, its digest checked but not what it says, and its bytes.
+
+    Raises
+    ------
+    SnapshotNotFoundError
+        If there is no committed snapshot.
+    """
+    try:
+        data = storage.read(names.MANIFEST, limit=manifests.MAX_BYTES)
+    except FileNotFoundError:
+        msg = f"no snapshot at {storage.url!r}"
+        raise SnapshotNotFoundError(msg) from None
+    try:
+        return manifests.decode(data), data
+    except ExpstateError as error:
+        msg = f"{storage.url!r}: {error}"
+        raise type(error)(msg) from error
+
+
+def delete(storage: Storage) -> None:
+    """Remove a snapshot: its manifest first, so that it is gone at once, then its files. ``gc`` finishes what a crash leaves.
+
+    Raises
+    ------
+    SnapshotNotFoundError
+        If there is none.
+    SnapshotReplacedError
+        If it is replaced while it is being deleted.
+    """
+    manifest, data = read_manifest(storage)
+    files = [record.name for record in manifest.files]
+    for name in files:
+        names.check_file_name(name)
+    attempt = Attempt(storage, manifest.id, "delete")
+    attempt.hold(files)
+    if read_committed(storage) != data:
+        storage.delete(names.lease_name(attempt.token))
+        msg = f"the snapshot at {storage.url!r} was replaced or deleted meanwhile"
+        raise SnapshotReplacedError(msg)
+    storage.delete(names.MANIFEST)
+    storage.flush()
+    for name in (*files, names.ANNOTATIONS):
+        storage.delete(name)
+    storage.delete(names.lease_name(attempt.token))
+    storage.remove_folder()

@@ -1,0 +1,146 @@
+"""Garbage collection: what takes, copies and deletions left behind when their process died.
+
+Only folders with a dead lease are touched, and in them only files that carry the lease's attempt in their names or that the lease names, and that no
+manifest there needs. Where a manifest is damaged, nothing is touched.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from expstate.engine.attempt import decode_lease, is_dead
+from expstate.errors import ExpstateError, SnapshotNotFoundError, UnsafePathError
+from expstate.format import manifest as manifests
+from expstate.format import names
+from expstate.storage.local import LocalStorage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from expstate.storage.base import FileInfo, Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a dead attempt left in one folder.
+
+    Attributes
+    ----------
+    url : str
+        The folder.
+    attempt : str
+        The attempt's id.
+    action : str
+        What it was doing: ``"take"``, ``"copy"`` or ``"delete"``.
+    files : tuple of str
+        Names of the files, the lease last.
+    nbytes : int
+        Bytes in them.
+    """
+
+    url: str
+    attempt: str
+    action: str
+    files: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What ``gc`` found and removed.
+
+    Attributes
+    ----------
+    removed : tuple of Leftover
+        Leftovers of dead attempts, now gone (with ``dry_run=True``: those that would go).
+    alive : tuple of str
+        Leases of attempts that may still be at work.
+    damaged : tuple of str
+        Folders left alone because their manifest cannot be read.
+    """
+
+    removed: tuple[Leftover, ...]
+    alive: tuple[str, ...]
+    damaged: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in what was removed."""
+        return sum(leftover.nbytes for leftover in self.removed)
+
+
+def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
+    """Remove the leftovers in these folders."""
+    removed: list[Leftover] = []
+    alive: list[str] = []
+    damaged: list[str] = []
+    for storage in storages:
+        try:
+            files = {info.name: info for info in storage.list()}
+        except FileNotFoundError:
+            continue
+        leases = [name for name in files if names.attempt_of_lease(name)]
+        if not leases:
+            continue
+        needed = _needed(storage)
+        if needed is None:
+            damaged.append(storage.url)
+            continue
+        for name in leases:
+            leftover = _dead(storage, files, name, needed)
+            if leftover is None:
+                alive.append(f"{storage.url}/{name}")
+                continue
+            if not dry_run:
+                for file in leftover.files:
+                    storage.delete(file)
+                storage.flush()
+                storage.remove_folder()
+            removed.append(leftover)
+    return GcReport(tuple(removed), tuple(alive), tuple(damaged))
+
+
+def _needed(storage: Storage) -> set[str] | None:
+    """The files that the manifest names; None if it is damaged."""
+    try:
+        manifest = manifests.decode(storage.read(names.MANIFEST, limit=manifests.MAX_BYTES))
+    except FileNotFoundError:
+        return set()
+    except SnapshotNotFoundError:
+        return set()  # torn: the commit of an attempt that died in it
+    except ExpstateError:
+        return None
+    return {record.name for record in manifest.files} | {names.MANIFEST, names.ANNOTATIONS}
+
+
+def _dead(storage: Storage, files: dict[str, FileInfo], lease_name: str, needed: set[str]) -> Leftover | None:
+    attempt = names.attempt_of_lease(lease_name)
+    assert attempt is not None
+    try:
+        lease = decode_lease(storage.read(lease_name, limit=2**26))
+    except FileNotFoundError:
+        return None  # it ended just now
+    if lease is None or names.attempt_of(lease.id) != attempt or not is_dead(lease, files[lease_name].modified_at, storage.clock()):
+        return None
+    named = set()
+    for name in lease.files:
+        try:
+            names.check_file_name(name)
+        except UnsafePathError:
+            continue
+        named.add(name)
+    if lease.action == "delete" and names.MANIFEST not in needed:
+        named.add(names.ANNOTATIONS)
+    theirs = [name for name in files if name not in needed and name != lease_name and (name in named or names.is_of_attempt(name, attempt))]
+    # The lease goes last: as long as it is there, what is left can be found again.
+    everything = (*sorted(theirs), lease_name)
+    return Leftover(storage.url, attempt, lease.action, everything, sum(files[name].size for name in everything))
+
+
+def local_folders(root: str) -> Iterator[Storage]:
+    """A storage for each folder below ``root`` that holds a lease, ``root`` among them; links are not followed."""
+    for folder, _, files in os.walk(root):
+        if any(names.attempt_of_lease(name) for name in files):
+            yield LocalStorage(folder)

@@ -1,0 +1,132 @@
+"""Copies of whole snapshots: the same files under the same names, verified on the way, committed like a take."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from expstate import settings
+from expstate.engine import crew, memory
+from expstate.engine.attempt import Attempt
+from expstate.engine.digest import block_digests
+from expstate.engine.windows import WriteWindow, write_windows
+from expstate.errors import SnapshotCorruptError
+from expstate.format import names
+from expstate.format.layout import DataFile, PlacedBox
+from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, ObjectEntry, TensorEntry
+from expstate.progress import Progress, ProgressOption
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from expstate.engine.source import SnapshotSource
+    from expstate.storage.base import Storage
+
+_FILLING = -1
+"""``PlacedBox.source`` of bytes between boxes, and of digests, which were checked before."""
+
+
+class _Copy:
+    def __init__(self, source: SnapshotSource, target: Storage, staging: memory.Staging, attempt: Attempt, progress: Progress) -> None:
+        self._source = source
+        self._target = target
+        self._staging = staging
+        self._attempt = attempt
+        self._progress = progress
+        self._stop = crew.Stop()
+        self._threads = min(settings.current().thread_count, staging.count)
+        self.created: list[str] = []
+
+    def copy_file(self, number: int, file: DataFile, digests: Sequence[bytes], entry_paths: Sequence[str]) -> None:
+        """Copy one data file and check every block of it."""
+        reader = self._source.files[number]
+        assert reader is not None
+        header = bytearray(self._source.manifest.files[number].header_bytes)
+        reader.read_into(0, memoryview(header))
+        writer = self._target.create_file(file.name, file.size)
+        self.created.append(file.name)
+
+        def work(window: WriteWindow) -> None:
+            with self._staging.lend(self._stop) as buffer:
+                size = window.staged_stop - window.start
+                reader.read_into(window.start, buffer.view[: -(-size // reader.alignment) * reader.alignment])
+                for item in window.fragments:
+                    box = file.boxes[item.box]
+                    at = box.offset + item.start - window.start
+                    first = item.start // BLOCK_BYTES * DIGEST_BYTES
+                    if item.digest and box.source != _FILLING:
+                        found = block_digests(buffer.view[at : at + item.stop - item.start])
+                        if found != digests[box.source][first : first + len(found)]:
+                            where = f"at {box.offset + item.start:,} of file {file.name!r}"
+                            msg = f"entry {entry_paths[box.source]!r} is damaged {where}; verify() names every place, nothing was copied"
+                            raise SnapshotCorruptError(msg)
+                if window.stop > window.start:
+                    writer.write(window.start, buffer.view[: window.stop - window.start])
+                self._progress.add(window.stop - window.start)
+                self._attempt.renew()
+
+        try:
+            with self._staging.lend(self._stop) as buffer:
+                for start in range(0, len(header), self._staging.window_bytes):
+                    part = header[start : start + self._staging.window_bytes]
+                    buffer.view[: len(part)] = part
+                    writer.write(start, buffer.view[: len(part)])
+            windows = list(write_windows(number, file, self._target.alignment, self._staging.window_bytes))
+            crew.run(windows, work, max(1, min(self._threads, len(windows))), self._stop)
+            writer.finish()
+        finally:
+            writer.abort()
+
+
+def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, progress: ProgressOption) -> None:
+    """Copy a snapshot to another folder, which is then the same snapshot with the same id; as ``Snapshot.copy`` documents it."""
+    manifest = source.manifest
+    attempt = Attempt(target, manifest.id, "copy")
+    attempt.begin(overwrite=False)
+    staging = memory.Staging(budget, settings.current().thread_count)
+    bar = Progress("copy", sum(record.size for record in manifest.files), progress)
+    work = _Copy(source, target, staging, attempt, bar)
+    try:
+        with source.opened():
+            files, digests, entry_paths = _files(source)
+            for number, file in enumerate(files):
+                work.copy_file(number, file, digests, entry_paths)
+        attempt.commit(data, {record.name: record.size for record in manifest.files})
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            target.create(names.ANNOTATIONS, source.storage.read(names.ANNOTATIONS), token=attempt.token)
+        attempt.finish()
+    except BaseException:
+        attempt.abort(work.created)
+        raise
+    finally:
+        bar.close()
+        staging.close()
+
+
+def _files(source: SnapshotSource) -> tuple[list[DataFile], list[bytes], list[str]]:
+    """The data files as a take lays them out, with digests and paths by ``PlacedBox.source``."""
+    manifest = source.manifest
+    files = [DataFile(record.name, bytes(record.header_bytes), record.size) for record in manifest.files]
+    digests: list[bytes] = []
+    entry_paths: list[str] = []
+    for entry in manifest.entries:
+        if not isinstance(entry, (TensorEntry, ObjectEntry)):
+            continue
+        for box, nbytes in source.box_sizes(entry):
+            files[box.file].boxes.append(PlacedBox(len(digests), 0, nbytes, box.offset))
+            digests.append(source.block_digests(entry.path, box, nbytes) if nbytes else b"")
+            entry_paths.append(entry.path)
+    for file in files:
+        file.boxes = _filled(file)
+    return files, digests, entry_paths
+
+
+def _filled(file: DataFile) -> list[PlacedBox]:
+    filled = []
+    position = len(file.header)
+    for box in [*sorted(file.boxes, key=lambda box: box.offset), PlacedBox(_FILLING, 0, 0, file.size)]:
+        if box.offset > position:
+            filled.append(PlacedBox(_FILLING, 0, box.offset - position, position))
+        filled.append(box)
+        position = box.offset + box.nbytes
+    return filled

@@ -1,0 +1,112 @@
+"""Threads that work through jobs: the first error stops all, and so does an interrupt of the thread that waits."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+Job = TypeVar("Job")
+
+
+class StoppedError(Exception):
+    """Raised inside a job to leave it because the crew was told to stop; never seen outside the engine."""
+
+
+class Stop:
+    """Says to all threads of an operation that it is over, and why."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._lock = threading.Lock()
+        self.error: BaseException | None = None
+
+    def set(self, error: BaseException | None = None) -> None:
+        """Stop; the first error is kept."""
+        with self._lock:
+            if self.error is None and not isinstance(error, StoppedError):
+                self.error = error
+        self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Leave the job if the operation is over."""
+        if self._event.is_set():
+            raise StoppedError
+
+
+class Crew(Generic[Job]):
+    """Threads that take jobs from an iterable, one at a time each.
+
+    Parameters
+    ----------
+    jobs : iterable
+        Asked for the next job under a lock, by the threads.
+    work : callable
+        Does one job.
+    threads : int
+        How many.
+    stop : Stop
+        Shared by all that belongs to the operation.
+    """
+
+    def __init__(self, jobs: Iterable[Job], work: Callable[[Job], None], threads: int, stop: Stop) -> None:
+        self._jobs = iter(jobs)
+        self._work = work
+        self._lock = threading.Lock()
+        self._stop = stop
+        self._left = threads
+        self._done = threading.Event()
+        # Not daemons: an interpreter that exits waits until what was promised is written.
+        self._threads = [threading.Thread(target=self._run, name=f"expstate-{index}") for index in range(threads)]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    job = next(self._jobs, self)
+                if job is self:
+                    break
+                self._work(job)  # type: ignore[arg-type] - not the end mark
+        except BaseException as error:  # noqa: BLE001 - raised again by wait()
+            self._stop.set(error)
+        finally:
+            with self._lock:
+                self._left -= 1
+                if self._left == 0:
+                    self._done.set()
+
+    def wait(self) -> None:
+        """Wait for the last job; raise the first error. An interrupt stops the threads before it goes on."""
+        try:
+            self._done.wait()
+        except BaseException as error:
+            self._stop.set(error)
+            self._done.wait()
+            raise
+        if self._stop.error is not None:
+                raise self._stop.error
+        self._stop.check()
+
+    def join(self) -> None:
+        """Wait until no thread is at work, whatever came of it."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+
+def run(jobs: Iterable[Job], work: Callable[[Job], None], threads: int, stop: Stop) -> None:
+    """Work through ``jobs`` and wait."""
+    crew = Crew(jobs, work, threads, stop)
+    crew.start()
+    crew.wait()

@@ -1,0 +1,183 @@
+"""Reading without live state: whole keys, single entries and rows of tensors into new memory, or into one tensor that the caller gives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expstate import settings
+from expstate.engine import crew, memory
+from expstate.engine.devices import usable_device
+from expstate.engine.read import PieceReader, Read
+from expstate.errors import InvalidArgumentError, PickleNotAllowedError, RestoreMismatchError
+from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry, ValueEntry
+from expstate.progress import Progress
+from expstate.state import numpy_arrays, tensors, tree
+from expstate.state.objects import unpickle_object
+from expstate.state.values import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from expstate.engine.source import SnapshotSource
+
+
+def allocate(entry: TensorEntry, device: torch.device, shape: tuple[int, ...] | None = None) -> tuple[Any, torch.Tensor]:
+    """New memory for an entry: the object that the caller will see, and the tensor to read into.
+
+    Parameters
+    ----------
+    entry : TensorEntry
+        What will be read.
+    device : torch.device
+        Where a tensor goes; arrays are on the host.
+    shape : tuple of int, optional
+        Another shape than the entry's: rows of it.
+    """
+    shape = entry.shape if shape is None else shape
+    if entry.kind == "numpy":
+        return numpy_arrays.empty(entry.dtype, shape)
+    tensor = torch.empty(shape, dtype=tensors.DTYPES[entry.dtype], device=device)
+    if entry.kind == "parameter":
+        return torch.nn.Parameter(tensor, requires_grad=entry.requires_grad), tensor
+    return tensor.requires_grad_(entry.requires_grad) if entry.requires_grad else tensor, tensor.detach()
+
+
+def read_all(source: SnapshotSource, reads: Sequence[Read], budget: int, *, verify: bool) -> None:
+    """Do reads outside a restore."""
+    threads = settings.current().thread_count
+    pinned_for = next((read.target.tensor.device.type for read in reads if read.target is not None and not read.target.tensor.is_cpu), None)
+    staging = memory.Staging(budget, threads, pinned_for)
+    try:
+        PieceReader(source.files, staging, threads, Progress("read", 0, option=False), crew.Stop(), verify=verify).run(reads)
+    finally:
+        staging.close()
+
+
+def read_object_bytes(source: SnapshotSource, entry: ObjectEntry) -> bytes:
+    """The bytes of an object, always verified: they will be unpickled."""
+    data = bytearray(entry.nbytes)
+    tensor = torch.frombuffer(data, dtype=torch.uint8)
+    read_all(source, list(source.reads(entry, tensor)), memory.WINDOW_BYTES + memory.SLACK_BYTES, verify=True)
+    return bytes(data)
+
+
+def read_tree(source: SnapshotSource, path: str, *, device: torch.device | None, trust: bool, verify: bool, budget: int) -> Any:
+    """The value at a path: a tensor, a plain value, or a container with all that is below it.
+
+    Raises
+    ------
+    EntryNotFoundError
+        If there is no such entry.
+    PickleNotAllowedError
+        If it needs ``trust``; the message names every such entry below the path.
+    """
+    entries = source.subtree(path)
+    numbers = set().union(*(source.files_of(entry) for entry in entries))
+    with source.opened(numbers):
+        values = _decode_objects(source, entries, trust=trust)
+        made: dict[str, Any] = {}
+        reads: list[Read] = []
+        parts = []
+        for entry in entries:
+            if isinstance(entry, ContainerEntry):
+                parts.append(tree.Part(entry.path, entry.type, entry.meta, None))
+                continue
+            tensor_entry = source.resolve(entry)
+            if isinstance(tensor_entry, TensorEntry):
+                if tensor_entry.path not in made:
+                    value, tensor = allocate(tensor_entry, device or usable_device(tensor_entry.device))
+                    made[tensor_entry.path] = value
+                    reads += source.reads(tensor_entry, tensor)
+                value = made[tensor_entry.path]
+            else:
+                value = decode(entry.value) if isinstance(entry, ValueEntry) else values[entry.path]
+            parts.append(tree.Part(entry.path, None, None, value))
+        read_all(source, reads, budget, verify=verify)
+    return tree.build(parts, {})
+
+
+def _decode_objects(source: SnapshotSource, entries: Sequence[Entry], *, trust: bool) -> dict[str, Any]:
+    values = {}
+    refused = []
+    for entry in entries:
+        if isinstance(entry, ObjectEntry):
+            try:
+                values[entry.path] = unpickle_object(read_object_bytes(source, entry), trust=trust)
+            except PickleNotAllowedError as error:
+                refused.append(f"entry {entry.path!r} ({entry.type}): {error}")
+    if refused:
+        raise PickleNotAllowedError("; ".join(refused))
+    return values
+
+
+def read_tensor(
+    source: SnapshotSource,
+    entry: TensorEntry | AliasEntry,
+    out: Any,
+    rows: slice | None,
+    *,
+    device: torch.device | None,
+    verify: bool,
+    budget: int,
+) -> Any:
+    """A tensor or array, or some rows of it, new or into ``out``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the rows are not a plain slice of the first dimension.
+    RestoreMismatchError
+        If ``out`` is of another shape or dtype.
+    """
+    resolved = source.resolve(entry)
+    assert isinstance(resolved, TensorEntry)
+    span = _rows(resolved, rows)
+    shape = resolved.shape if span is None else (len(span), *resolved.shape[1:])
+    if out is None:
+        value, tensor = allocate(resolved, device or usable_device(resolved.device), shape)
+    else:
+        value, tensor = out, _checked_out(resolved, out, shape)
+    with source.opened(source.files_of(resolved)):
+        if span is None:
+            reads = list(source.reads(resolved, tensor))
+        else:
+            reads = list(source.row_reads(resolved, span, tensor))
+        read_all(source, reads, budget, verify=verify)
+    return value
+
+
+def _rows(entry: TensorEntry, rows: slice | None) -> range | None:
+    if rows is None:
+        return None
+    if not isinstance(rows, slice) or not entry.shape:
+        msg = f"rows must be a slice of the first dimension, got {rows!r} for shape {entry.shape}"
+        raise InvalidArgumentError(msg)
+    try:
+        span = range(entry.shape[0])[rows]
+    except TypeError as error:
+        msg = f"rows {rows!r} is not a slice of numbers: {error}"
+        raise InvalidArgumentError(msg) from None
+    if span.step != 1:
+        msg = f"rows must have step 1, got {rows!r}"
+        raise InvalidArgumentError(msg)
+    return range(span.start, max(span.start, span.stop))
+
+
+def _checked_out(entry: TensorEntry, out: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    if entry.kind == "numpy":
+        array = numpy_arrays.as_tensor(out)
+        if array is not None and out.dtype.str == entry.dtype and tuple(out.shape) == shape and out.flags.c_contiguous and out.flags.writeable:
+            return array
+        problem = "a contiguous, writable array"
+    else:
+        if isinstance(out, torch.Tensor) and tensors.NAMES.get(out.dtype) == entry.dtype and tuple(out.shape) == shape:
+            if tensors.is_writable_in_place(out) and out.device.type != "meta":
+                return out.detach()
+            problem = "a tensor whose elements have memory of their own"
+        else:
+            problem = "a tensor"
+    found = f"{getattr(out, 'dtype', type(out).__name__)} {tuple(getattr(out, 'shape', ()))}"
+    msg = f"entry {entry.path!r} needs {problem} of dtype {entry.dtype} and shape {shape} to be read into, got {found}"
+    raise RestoreMismatchError(msg)

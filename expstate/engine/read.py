@@ -1,0 +1,261 @@
+"""Storage to tensors: pieces read by several threads, verified block by block, and put where they belong.
+
+Gets reads (bytes of a box and where they go) and open files; calls back when the reads of a target are done. What is in the page cache already is read
+straight into its place, the rest by direct I/O through aligned buffers; a target may also be none, to verify only.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import msgspec
+from blake3 import blake3
+
+from expstate.engine import crew
+from expstate.engine.streams import SideStreams
+from expstate.errors import SnapshotCorruptError, StorageError
+from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES
+from expstate.state import tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import torch
+
+    from expstate.engine.memory import Buffer, Staging
+    from expstate.progress import Progress
+    from expstate.storage.base import FileReader
+
+_JOIN_GAP_BYTES = 64 * 1024
+"""Unwanted bytes between two reads that are read along with them rather than asked for apart."""
+
+
+class Target:
+    """A tensor to fill with the bytes of an entry, or part of it.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        Strided, any device; its elements do not share memory.
+    dtype : torch.dtype, optional
+        The stored dtype, if it is not the tensor's.
+    """
+
+    __slots__ = ("address", "dtype", "left", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        self.tensor = tensor
+        self.dtype = dtype if dtype is not None and dtype != tensor.dtype else None
+        self.address = tensor.data_ptr() if self.dtype is None and tensors.is_plain_memory(tensor) else None
+        self.left = 0
+
+
+class Read(msgspec.Struct, frozen=True):
+    """Whole blocks of a box to read.
+
+    ``offset`` and ``nbytes`` say where they lie in ``file``, ``digests`` what they are. Of these, the bytes from ``first`` to ``last`` go to ``target``, where they begin
+    at byte ``at`` of its stored form.
+    """
+
+    path: str
+    file: int
+    offset: int
+    nbytes: int
+    digests: bytes
+    target: Target | None = None
+    first: int = 0
+    last: int = 0
+    at: int = 0
+
+
+class Damage(msgspec.Struct, frozen=True):
+    """Bytes that are not what was taken.
+
+    Attributes
+    ----------
+    entry : str
+        Path of the entry, or empty for a file as a whole.
+    file : str
+        Name of the data file.
+    offset : int
+        First byte of the damaged block in the file.
+    nbytes : int
+        Bytes in the block.
+    reason : str
+        What was found.
+    """
+
+    entry: str
+    file: str
+    offset: int
+    nbytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        whose = f"entry {self.entry!r} is damaged" if self.entry else "a file is damaged"
+        return f"{whose}: {self.nbytes:,} bytes at {self.offset:,} of file {self.file!r}: {self.reason}"
+
+
+def pieces(read: Read, window_bytes: int) -> Iterable[Read]:
+    """A read cut into pieces that fit a buffer."""
+    if read.nbytes <= window_bytes:
+        yield read
+        return
+    step = window_bytes // BLOCK_BYTES * BLOCK_BYTES
+    for start in range(0, read.nbytes, step):
+        nbytes = min(step, read.nbytes - start)
+        first, last = max(read.first, start), min(read.last, start + nbytes)
+        block = start // BLOCK_BYTES * DIGEST_BYTES
+        digests = read.digests[block : block + -(-nbytes // BLOCK_BYTES) * DIGEST_BYTES]
+        wanted = max(first, min(last, start + nbytes))
+        yield Read(read.path, read.file, read.offset + start, nbytes, digests, read.target, first - start, wanted - start, read.at + first - read.first)
+
+
+def windows(reads: Iterable[Read], window_bytes: int) -> list[list[Read]]:
+    """Reads that lie near each other in a file, joined as far as a buffer holds them."""
+    cut = sorted((piece for read in reads for piece in pieces(read, window_bytes)), key=lambda piece: (piece.file, piece.offset))
+    joined: list[list[Read]] = []
+    file, start, end = -1, 0, 0
+    for piece in cut:
+        stop = piece.offset + piece.nbytes
+        if piece.file == file and piece.offset - end <= _JOIN_GAP_BYTES and stop - start <= window_bytes:
+            joined[-1].append(piece)
+            end = max(end, stop)
+        else:
+            joined.append([piece])
+            file, start, end = piece.file, piece.offset, stop
+    return joined
+
+
+class PieceReader:
+    """Reads pieces.
+
+    Parameters
+    ----------
+    files : sequence of FileReader
+        The open files, by number.
+    staging : Staging
+        Buffers.
+    threads : int
+        Threads to use.
+    verify : bool
+        Whether to check digests.
+    progress : Progress
+        Told of every read.
+    stop : crew.Stop
+        Ends the work.
+    on_damage : callable, optional
+        Is given each damage; without it the first is raised as ``SnapshotCorruptError``.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[FileReader | None],
+        staging: Staging,
+        threads: int,
+        progress: Progress,
+        stop: crew.Stop,
+        *,
+        verify: bool = True,
+        on_damage: Callable[[Damage], None] | None = None,
+    ) -> None:
+        self._files = files
+        self._staging = staging
+        self._threads = threads
+        self._verify = verify
+        self._progress = progress
+        self._stop = stop
+        self._on_damage = on_damage
+        self._lock = threading.Lock()
+        self._streams = SideStreams([])
+
+    def run(self, reads: Sequence[Read]) -> None:
+        """Do all reads; returns when the values are in place, or on an accelerator when what is queued next will see them."""
+        self._streams = SideStreams(read.target.tensor.device for read in reads if read.target is not None)
+        jobs = windows(reads, self._staging.window_bytes)
+        for job in jobs:
+            for read in job:
+                if read.target is not None:
+                    read.target.left += 1
+        try:
+            crew.run(jobs, self._do, max(1, min(self._threads, self._staging.count, len(jobs))), self._stop)
+        finally:
+            self._streams.join()
+
+    def _do(self, window: list[Read]) -> None:
+        file = self._files[window[0].file]
+        if file is None:
+            return  # its absence is reported by whoever opened the files
+        try:
+            if not (len(window) == 1 and self._read_in_place(window[0], file)):
+                self._read_by_buffer(window, file)
+        except (SnapshotCorruptError, StorageError) as error:
+            if self._on_damage is None:
+                raise
+            for read in window:
+                self._on_damage(Damage(read.path, file.name, read.offset, read.nbytes, str(error)))
+        self._progress.add(sum(read.nbytes for read in window))
+        with self._lock:
+            for read in window:
+                if read.target is not None:
+                    read.target.left -= 1
+
+    def _read_in_place(self, read: Read, file: FileReader) -> bool:
+        """Read block by block into the target's own memory, and digest each while it is in the cache."""
+        target = read.target
+        if target is None or target.address is None or (read.first, read.last) != (0, read.nbytes):
+            return False
+        address = target.address + read.at
+        in_step = (address | read.offset | read.nbytes) % file.alignment == 0
+        if not in_step and not file.is_cached(read.offset, read.nbytes):
+            return False
+        whole = tensors.memory(address, read.nbytes)
+        for start in range(0, read.nbytes, BLOCK_BYTES):
+            view = whole[start : start + BLOCK_BYTES]
+            file.read_into(read.offset + start, view)
+            if self._verify:
+                self._check(read, start, view, file)
+        return True
+
+    def _read_by_buffer(self, window: list[Read], file: FileReader) -> None:
+        start = window[0].offset // file.alignment * file.alignment
+        stop = max(read.offset + read.nbytes for read in window)
+        with self._staging.lend(self._stop) as buffer:
+            file.read_into(start, buffer.view[: -(-(stop - start) // file.alignment) * file.alignment])
+            events = []
+            for read in window:
+                at = read.offset - start
+                if self._verify:
+                    for first in range(0, read.nbytes, BLOCK_BYTES):
+                        self._check(read, first, buffer.view[at + first : at + min(read.nbytes, first + BLOCK_BYTES)], file)
+                if read.target is not None and read.last > read.first:
+                    events += self._put(read, read.target, buffer, at + read.first)
+            for event in events:
+                event.synchronize()  # type: ignore[attr-defined] - events of any accelerator
+
+    def _put(self, read: Read, target: Target, buffer: Buffer, at: int) -> list[object]:
+        stop = read.at + read.last - read.first
+        if target.address is not None:
+            tensors.move_memory(target.address + read.at, buffer.address + at, stop - read.at)
+            return []
+        if target.tensor.is_cpu:
+            tensors.copy_in(target.tensor, read.at, stop, buffer.address + at, dtype=target.dtype)
+            return []
+        with self._streams.on(target.tensor.device) as event:
+            tensors.copy_in(target.tensor, read.at, stop, buffer.address + at, buffer.tensor[at : at + stop - read.at], target.dtype)
+        return [] if event is None else [event]
+
+    def _check(self, read: Read, start: int, view: memoryview, file: FileReader) -> None:
+        block = start // BLOCK_BYTES * DIGEST_BYTES
+        expected = read.digests[block : block + DIGEST_BYTES]
+        if blake3(view).digest() == expected:
+            return
+        # Once more: what went wrong on the way may go right now; what is wrong on the storage stays wrong.
+        file.read_into(read.offset + start, view)
+        if blake3(view).digest() == expected:
+            return
+        damage = Damage(read.path, file.name, read.offset + start, len(view), "its bytes are not those that were taken")
+        if self._on_damage is None:
+            raise SnapshotCorruptError(str(damage))
+        self._on_damage(damage)

@@ -1,0 +1,202 @@
+"""A committed snapshot as the engine reads it: entries by path, open files, digests of blocks, and reads made of entries.
+
+``SnapshotSource`` is made of a validated manifest; ``opened`` opens its files for the length of an operation and sees that they have
+the sizes that the manifest says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from expstate.engine.attempt import read_committed
+from expstate.engine.read import Damage, Read, Target
+from expstate.errors import EntryNotFoundError, SnapshotCorruptError, SnapshotReplacedError
+from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, AliasEntry, Box, Entry, Manifest, ObjectEntry, TensorEntry
+from expstate.state import paths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from expstate.storage.base import FileReader, Storage
+
+
+class SnapshotSource:
+    """What a restore reads from.
+
+    Parameters
+    ----------
+    storage : Storage
+        The snapshot's folder.
+    manifest : Manifest
+        Validated.
+    data : bytes
+        The manifest's bytes, to notice that it was replaced.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, data: bytes) -> None:
+        self.storage = storage
+        self.manifest = manifest
+        self._data = data
+        self.by_path: dict[str, Entry] = {entry.path: entry for entry in manifest.entries}
+        self.files: list[FileReader | None] = []
+
+    def subtree(self, path: str) -> list[Entry]:
+        """The entry at ``path`` and all below it, in order; ``EntryNotFoundError`` if there is none."""
+        if path not in self.by_path:
+            raise EntryNotFoundError(_not_found(path, self.by_path))
+        below = f"{path}/"
+        return [entry for entry in self.manifest.entries if entry.path == path or entry.path.startswith(below)]
+
+    def resolve(self, entry: Entry) -> Entry:
+        """The entry itself, or the tensor that an alias is tied to."""
+        return self.by_path[entry.target] if isinstance(entry, AliasEntry) else entry
+
+    @contextlib.contextmanager
+    def opened(self, numbers: set[int] | None = None, on_damage: Callable[[Damage], None] | None = None) -> Iterator[None]:
+        """Open the files with these numbers, or all, and close them afterwards.
+
+        Raises
+        ------
+        SnapshotReplacedError
+            If one is gone because the snapshot was replaced or deleted.
+        SnapshotCorruptError
+            If one is missing or of another size; with ``on_damage`` it is told instead.
+        """
+        with contextlib.ExitStack() as stack:
+            self.files = [None] * len(self.manifest.files)
+            for number in range(len(self.files)) if numbers is None else sorted(numbers):
+                problem = self._open(number, stack)
+                if problem and on_damage is None:
+                    raise SnapshotCorruptError(str(problem))
+                if problem and on_damage is not None:
+                    on_damage(problem)
+            try:
+                yield
+            finally:
+                self.files = []
+
+    def _open(self, number: int, stack: contextlib.ExitStack) -> Damage | None:
+        record = self.manifest.files[number]
+        try:
+            file = stack.enter_context(self.storage.open_file(record.name))
+        except FileNotFoundError:
+            if read_committed(self.storage) != self._data:
+                msg = f"the snapshot at {self.storage.url!r} was replaced or deleted meanwhile; open it anew"
+                raise SnapshotReplacedError(msg) from None
+            return Damage("", record.name, 0, record.size, "the file is missing")
+        self.files[number] = file
+        if file.size != record.size:
+            return Damage("", record.name, min(file.size, record.size), record.size, f"it has {file.size:,} bytes and should have {record.size:,}")
+        return None
+
+    # Digests
+
+    def block_digests(self, path: str, box: Box, nbytes: int) -> bytes:
+        """The digests of a box's blocks, one after the other, checked against the box's own; the files must be open."""
+        count = -(-nbytes // BLOCK_BYTES)
+        if count <= 1:
+            return box.digest
+        if isinstance(box.blocks, bytes):
+            blocks = box.blocks
+        else:
+            assert box.blocks is not None
+            number, offset = box.blocks
+            file = self.files[number]
+            if file is None:
+                msg = f"entry {path!r}: the file with its digests, {self.manifest.files[number].name!r}, is missing"
+                raise SnapshotCorruptError(msg)
+            data = bytearray(count * DIGEST_BYTES)
+            file.read_into(offset, memoryview(data))
+            blocks = bytes(data)
+        if blake3(blocks).digest() != box.digest:
+            msg = f"entry {path!r}: the digests of its blocks are damaged"
+            raise SnapshotCorruptError(msg)
+        return blocks
+
+    # Reads
+
+    def files_of(self, entry: Entry) -> set[int]:
+        """Numbers of the files that hold an entry's bytes and digests."""
+        entry = self.resolve(entry)
+        boxes = entry.boxes if isinstance(entry, (TensorEntry, ObjectEntry)) else ()
+        return {box.file for box in boxes} | {box.blocks[0] for box in boxes if isinstance(box.blocks, tuple)}
+
+    @staticmethod
+    def box_sizes(entry: TensorEntry | ObjectEntry) -> Iterator[tuple[Box, int]]:
+        """The boxes of an entry and their bytes."""
+        if isinstance(entry, ObjectEntry):
+            yield entry.boxes[0], entry.nbytes
+            return
+        itemsize = entry.itemsize
+        for box in entry.boxes:
+            yield box, math.prod(entry.shape if box.sizes is None else box.sizes) * itemsize
+
+    def reads(self, entry: TensorEntry | ObjectEntry, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> Iterator[Read]:
+        """The reads that fill ``tensor`` with the whole entry, or verify it if there is none."""
+        if tensor is not None and isinstance(entry, TensorEntry) and entry.boxes[0].starts is not None:
+            tensor = _shaped(entry, tensor, entry.shape)
+        for box, nbytes in self.box_sizes(entry):
+            target = None
+            if tensor is not None:
+                target = Target(tensor if box.starts is None else _region(tensor, box.starts, box.sizes or ()), dtype)
+            yield from self._box_reads(entry.path, box, nbytes, 0, nbytes, target)
+
+    def row_reads(self, entry: TensorEntry, rows: range, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Iterator[Read]:
+        """The reads that fill ``tensor`` with some rows of the entry: only the blocks that hold them."""
+        tensor = _shaped(entry, tensor, (len(rows), *entry.shape[1:]))
+        for box in entry.boxes:
+            starts = box.starts or (0,) * len(entry.shape)
+            sizes = box.sizes or entry.shape
+            first, last = max(rows.start, starts[0]), min(rows.stop, starts[0] + sizes[0])
+            if first >= last:
+                continue
+            row_bytes = math.prod(sizes[1:]) * entry.itemsize
+            part = _region(tensor, (first - rows.start, *starts[1:]), (last - first, *sizes[1:]))
+            begin, end = (first - starts[0]) * row_bytes, (last - starts[0]) * row_bytes
+            yield from self._box_reads(entry.path, box, sizes[0] * row_bytes, begin, end, Target(part, dtype))
+
+    def _box_reads(self, path: str, box: Box, nbytes: int, start: int, stop: int, target: Target | None) -> Iterator[Read]:
+        """The read of bytes ``start`` to ``stop`` of a box, widened to whole blocks."""
+        if start >= stop:
+            return
+        if nbytes <= BLOCK_BYTES:
+            yield Read(path, box.file, box.offset, nbytes, box.digest, target, start, stop, 0)
+            return
+        blocks = self.block_digests(path, box, nbytes)
+        first = start // BLOCK_BYTES * BLOCK_BYTES
+        last = min(nbytes, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
+        digests = blocks[first // BLOCK_BYTES * DIGEST_BYTES : -(-last // BLOCK_BYTES) * DIGEST_BYTES]
+        yield Read(path, box.file, box.offset + first, last - first, digests, target, start - first, stop - first, 0)
+
+
+def _shaped(entry: TensorEntry, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor with the entry's dimensions: arrays come as flat bytes, whose items become one more dimension."""
+    return tensor.view(*shape, entry.itemsize) if entry.kind == "numpy" and tensor.numel() else tensor
+
+
+def _region(tensor: torch.Tensor, starts: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    for dimension, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        tensor = tensor.narrow(dimension, start, size)
+    return tensor
+
+
+def _not_found(path: str, known: dict[str, Entry]) -> str:
+    import difflib  # noqa: PLC0415 - only for the message
+
+    near = difflib.get_close_matches(path, known, n=3) if len(known) <= 20_000 else []  # noqa: PLR2004 - it takes a second beyond
+    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+    return f"no entry {path!r} in the snapshot{hint}"
+
+
+def find_key(manifest: Manifest, key: str) -> str:
+    """The path of a key; ``EntryNotFoundError`` naming those there are."""
+    if any(record.key == key for record in manifest.keys):
+        return paths.quote(key)
+    msg = f"no key {key!r} in the snapshot (it has: {', '.join(repr(record.key) for record in manifest.keys) or 'none'})"
+    raise EntryNotFoundError(msg)

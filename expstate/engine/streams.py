@@ -1,0 +1,63 @@
+"""Accelerators: copies on a stream of their own, in order with what the caller has queued, without stopping the device.
+
+``SideStreams`` serves every accelerator that torch has a device module for; those without streams copy in place and wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+class SideStreams:
+    """One side stream for each device, behind what its current stream has queued by now.
+
+    Parameters
+    ----------
+    devices : iterable of torch.device
+        Those of the tensors to copy; the CPU is left out.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._streams: dict[torch.device, Any] = {}
+        for device in {device for device in devices if device.type not in {"cpu", "meta"}}:
+            module: Any = torch.get_device_module(device)
+            if not hasattr(module, "Stream") or not hasattr(module, "current_stream"):
+                self._streams[device] = None
+                continue
+            stream = module.Stream(device=device)
+            # The copies see what the caller's kernels will have written, and the host does not wait for it.
+            stream.wait_stream(module.current_stream(device))
+            self._streams[device] = stream
+
+    @property
+    def device_type(self) -> str | None:
+        """The accelerator in use, or None if there is none."""
+        return next((device.type for device in self._streams), None)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[Any]:
+        """Copies to and from ``device`` go on its side stream; gives an event to wait for after the block, or None."""
+        stream = self._streams.get(device)
+        if stream is None:
+            yield None
+            if device.type == "mps":
+                torch.mps.synchronize()
+            return
+        module: Any = torch.get_device_module(device)
+        event = module.Event()
+        with module.stream(stream):
+            yield event
+            event.record(stream)
+
+    def join(self) -> None:
+        """What the caller queues from here on comes after the copies."""
+        for device, stream in self._streams.items():
+            if stream is not None:
+                module: Any = torch.get_device_module(device)
+                module.current_stream(device).wait_stream(stream)

@@ -1,0 +1,178 @@
+"""Takes in the background: ``PendingSnapshot`` is waited for, watched, cancelled or awaited.
+
+The thread behind it is not a daemon: an interpreter that exits finishes what it was promised to write. A failure that nobody asked for is logged, and
+warned of at exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+from expstate.engine.crew import StoppedError
+from expstate.errors import TakeCancelledError, TakeFailedWarning, TakePendingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from typing import Any
+
+    from expstate.engine.take import Take
+    from expstate.snapshot import Snapshot
+
+_log = logging.getLogger("expstate")
+_unreported: dict[str, str] = {}
+
+
+class PendingSnapshot:
+    """A take that goes on in the background, made by ``Snapshot.async_take``.
+
+    The state is the one of the moment when ``async_take`` returned, whatever the training does next.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from expstate import Snapshot, StateDict
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> pending = Snapshot.async_take(f"{folder.name}/step-1", {"progress": StateDict(step=1)})
+    >>> pending.wait().read_object("progress/step")
+    1
+    """
+
+    def __init__(self, path: str, take: Take, opened: Callable[[Any, bytes], Snapshot]) -> None:
+        self._take = take
+        self._opened = opened
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+        self._snapshot: Snapshot | None = None
+        self._error: BaseException | None = None
+        self.path = path
+        self.id = take.id
+        # Started here, where threads can still be started: the interpreter may be ending when the work is done.
+        self._thread = threading.Thread(target=self._run, name=f"expstate-take-{self.id[:8]}")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._take.write_staged()
+            self._snapshot = self._opened(*self._take.commit())
+        except BaseException as error:  # noqa: BLE001 - kept for wait()
+            self._fail(error)
+        finally:
+            with self._lock:
+                self._done.set()
+                callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback()
+
+    def _fail(self, error: BaseException) -> None:
+        self._take.abort()
+        if isinstance(error, StoppedError):
+            self._error = TakeCancelledError(f"the take to {self.path!r} was cancelled, and nothing of it remains")
+            return
+        self._error = error
+        _unreported[self.id] = f"the take to {self.path!r} failed: {type(error).__name__}: {error}"
+        _log.error("%s", _unreported[self.id])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of tensors and objects to write."""
+        return self._take.total_bytes
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes written so far."""
+        return self._take.done_bytes
+
+    def done(self) -> bool:
+        """Whether the take has ended: committed, failed or cancelled."""
+        return self._done.is_set()
+
+    def wait(self, timeout: float | None = None) -> Snapshot:
+        """Wait for the commit.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait at most.
+
+        Returns
+        -------
+        Snapshot
+            The committed snapshot.
+
+        Raises
+        ------
+        TakePendingError
+            If it is not done in time; the take goes on.
+        TakeCancelledError
+            If it was cancelled.
+        ExpstateError
+            What went wrong with it.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        assert self._snapshot is not None
+        return self._snapshot
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait like ``wait``, and return the error instead of raising it; None if the snapshot is committed."""
+        if not self._done.wait(timeout):
+            msg = f"the take to {self.path!r} is not done after {timeout} s ({self.done_bytes:,} of {self.total_bytes:,} bytes written)"
+            raise TakePendingError(msg)
+        _unreported.pop(self.id, None)
+        return self._error
+
+    def cancel(self) -> bool:
+        """Stop the take and remove what it has written.
+
+        Returns
+        -------
+        bool
+            True if nothing of it remains, False if it was committed, or had failed, before.
+        """
+        self._take.cancel()
+        self._done.wait()
+        return isinstance(self._error, TakeCancelledError)
+
+    def __await__(self) -> Generator[Any, None, Snapshot]:
+        return self._wait_async().__await__()
+
+    async def _wait_async(self) -> Snapshot:
+        loop = asyncio.get_running_loop()
+        reached: asyncio.Future[None] = loop.create_future()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody awaits any more
+                loop.call_soon_threadsafe(lambda: None if reached.done() else reached.set_result(None))
+
+        with self._lock:
+            if self._done.is_set():
+                reached.set_result(None)
+            else:
+                self._callbacks.append(tell)
+        await reached
+        return self.wait()
+
+    def __repr__(self) -> str:
+        if not self.done():
+            state = f"{self.done_bytes:,} of {self.total_bytes:,} bytes written"
+        elif self._error is None:
+            state = "committed"
+        else:
+            state = f"failed: {type(self._error).__name__}: {self._error}"
+        return f"PendingSnapshot({self.path!r}, id={self.id[:8]}, {state})"
+
+
+def _warn_at_exit() -> None:
+    for message in _unreported.values():
+        warnings.warn(message, TakeFailedWarning, stacklevel=1)
+
+
+atexit.register(_warn_at_exit)

@@ -1,0 +1,711 @@
+"""The face of the library: ``Snapshot`` takes, opens, restores, reads, verifies, copies and deletes; ``gc`` removes what dead takes left.
+
+Arguments are checked here, before anything is touched; the work is done by ``engine``.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import html
+import os
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expstate.engine import attempt, copy, fetch, memory, restore, verify
+from expstate.engine.collect import GcReport, collect, local_folders
+from expstate.engine.devices import check_device
+from expstate.engine.match import check_rename
+from expstate.engine.plan import RestoreOptions
+from expstate.engine.report import RestoreReport, VerifyReport, bytes_text
+from expstate.engine.source import SnapshotSource, find_key
+from expstate.engine.take import Take, TakeRequest, check_app_state, take_now
+from expstate.errors import EntryNotFoundError, InvalidArgumentError, NeedsTrustWarning, SnapshotNotFoundError
+from expstate.format import manifest as manifests
+from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, Manifest, ObjectEntry, TensorEntry
+from expstate.format.metadata import make_metadata
+from expstate.format.validate import validate
+from expstate.pending import PendingSnapshot
+from expstate.progress import ProgressOption, check_option
+from expstate.state import paths
+from expstate.state.values import decode
+from expstate.storage import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from expstate.state.stateful import Stateful
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMetadata:
+    """What is known of a snapshot besides its state.
+
+    Attributes
+    ----------
+    id : str
+        32 hexadecimal digits.
+    created_at : datetime.datetime
+        When the take began, in UTC.
+    name, note, step : str, str, int or None
+        As given at the take.
+    tags : tuple of str
+        As given at the take.
+    params, metrics : dict
+        As given at the take.
+    keys : dict of str to str
+        The keys and the classes of their statefuls.
+    world_size : int
+        Ranks that took it.
+    writer : str
+        The version that wrote it.
+    digest : str
+        The manifest's own BLAKE3, in hexadecimal digits.
+    provenance : dict
+        Where it came from.
+    """
+
+    id: str
+    created_at: dt.datetime
+    name: str | None
+    note: str | None
+    step: int | None
+    tags: tuple[str, ...]
+    params: dict[str, Any]
+    metrics: dict[str, Any]
+    keys: dict[str, str]
+    world_size: int
+    writer: str
+    digest: str
+    provenance: dict[str, Any]
+
+
+class Snapshot:
+    """A snapshot at a path. Nothing is read until something is asked of it.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The snapshot's folder: a path, ``fs://...`` or ``file://...``.
+    storage_options : dict, optional
+        What the storage needs to connect; the local disk takes none.
+
+    Raises
+    ------
+    UnsupportedSchemeError
+        If no storage is known for the path's scheme.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from expstate import Snapshot
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = torch.nn.Linear(2, 1)
+    >>> snapshot = Snapshot.take(f"{folder.name}/step-1", {"model": model}, step=1)
+    >>> snapshot.read_object("model/bias").shape
+    torch.Size([1])
+    >>> snapshot.restore({"model": torch.nn.Linear(2, 1)}).restored
+    ('model/weight', 'model/bias')
+    """
+
+    def __init__(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        self._storage = registry.open_storage(path, storage_options)
+        self._loaded: tuple[SnapshotSource, bytes] | None = None
+
+    # Taking
+
+    @classmethod
+    def take(
+        cls,
+        path: str | os.PathLike[str],
+        app_state: dict[str, Stateful],
+        *,
+        pg: Any = None,
+        replicated: Sequence[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        note: str | None = None,
+        step: int | None = None,
+        overwrite: bool = False,
+        memory_budget_bytes: int | None = None,
+        progress: ProgressOption = None,
+    ) -> Snapshot:
+        """Take a snapshot and wait until it is durable.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            A folder to make, or one without a snapshot in it.
+        app_state : dict of str to Stateful
+            What to take: objects with ``state_dict()`` and ``load_state_dict()``.
+        pg : torch.distributed.ProcessGroup, optional
+            The process group; of one process for now.
+        replicated : sequence of str, optional
+            Globs of entries that are the same on all ranks; recorded.
+        storage_options : dict, optional
+            What the storage needs to connect.
+        name, note : str, optional
+            A name that refs can use, and a free text.
+        tags : iterable of str
+            Labels.
+        params, metrics : dict, optional
+            Settings of the experiment (plain values) and measured values (numbers).
+        step : int, optional
+            Step of the training.
+        overwrite : bool, default False
+            Replace a snapshot that is there: it stays readable until the new one is complete.
+        memory_budget_bytes : int, optional
+            Most extra host memory to use; default half of what is available, at most 32 GiB.
+        progress : None, bool or callable
+            None shows a bar at a terminal or in a notebook when it takes longer than 2 s; a function is given a ``ProgressUpdate``
+            after each piece.
+
+        Returns
+        -------
+        Snapshot
+            The committed snapshot.
+
+        Raises
+        ------
+        SnapshotExistsError
+            If a snapshot is there already.
+        AppStateError, UnsupportedValueError, InvalidNameError, InvalidMetadataError, InvalidArgumentError
+            If something that was given cannot be stored; nothing was written.
+        StorageError
+            If the storage failed; nothing of the take remains.
+
+        Warns
+        -----
+        NeedsTrustWarning
+            If objects were stored that only ``trust=True`` will bring back.
+        """
+        request = _request(
+            path, app_state, pg, replicated, storage_options, name, tags, params, metrics, note, step, overwrite, memory_budget_bytes, progress
+        )
+        take, manifest, data = take_now(request)
+        _warn_of_trust(take)
+        return cls._opened(request, manifest, data)
+
+    @classmethod
+    def async_take(
+        cls,
+        path: str | os.PathLike[str],
+        app_state: dict[str, Stateful],
+        *,
+        pg: Any = None,
+        replicated: Sequence[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        note: str | None = None,
+        step: int | None = None,
+        overwrite: bool = False,
+        memory_budget_bytes: int | None = None,
+        progress: ProgressOption = None,
+    ) -> PendingSnapshot:
+        """Take a snapshot in the background; returns when the state is captured, so that the training may go on.
+
+        What is taken is the state at the moment of the return, for tensors on the CPU too. The state is copied within the memory budget; what does not
+        fit is written before the return. Parameters, errors and warnings are those of ``take``; errors of the part in the background are raised by
+        ``wait()``.
+
+        Returns
+        -------
+        PendingSnapshot
+            To wait for.
+        """
+        request = _request(
+            path, app_state, pg, replicated, storage_options, name, tags, params, metrics, note, step, overwrite, memory_budget_bytes, progress
+        )
+        take = Take(request)
+        try:
+            take.gather()
+            take.stage()
+            return PendingSnapshot(request.storage.url, take, lambda manifest, data: cls._opened(request, manifest, data))
+        except BaseException:
+            take.abort()
+            raise
+        finally:
+            _warn_of_trust(take)
+
+    @classmethod
+    def _opened(cls, request: TakeRequest, manifest: Manifest, data: bytes) -> Snapshot:
+        snapshot = cls.__new__(cls)
+        snapshot._storage = request.storage
+        snapshot._loaded = (SnapshotSource(request.storage, manifest, data), data)
+        return snapshot
+
+    # What is in it
+
+    @property
+    def path(self) -> str:
+        """Where it is, as a path or URL without secrets."""
+        return self._storage.url
+
+    def _load(self) -> tuple[SnapshotSource, bytes]:
+        if self._loaded is None:
+            manifest, data = attempt.read_manifest(self._storage)
+            validate(manifest)
+            self._loaded = (SnapshotSource(self._storage, manifest, data), data)
+        return self._loaded
+
+    @property
+    def _source(self) -> SnapshotSource:
+        return self._load()[0]
+
+    @property
+    def manifest(self) -> Manifest:
+        """All that ``snapshot.json`` says, checked.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            If no committed snapshot is at the path.
+        SnapshotCorruptError
+            If the manifest is damaged.
+        """
+        return self._source.manifest
+
+    @property
+    def id(self) -> str:
+        """The snapshot's id, 32 hexadecimal digits; copies keep it."""
+        return self.manifest.id
+
+    @property
+    def created_at(self) -> dt.datetime:
+        """When the take began, in UTC."""
+        return _time(self.manifest.created_at)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, arrays and objects in it."""
+        return sum(entry.nbytes for entry in self.manifest.entries)
+
+    @property
+    def metadata(self) -> SnapshotMetadata:
+        """What is known of it besides its state."""
+        source, data = self._load()
+        manifest = source.manifest
+        given = manifest.metadata
+        return SnapshotMetadata(
+            id=manifest.id,
+            created_at=_time(manifest.created_at),
+            name=given.name,
+            note=given.note,
+            step=given.step,
+            tags=given.tags,
+            params={name: decode(value) for name, value in given.params.items()},
+            metrics={name: decode(value) for name, value in given.metrics.items()},
+            keys={record.key: record.type for record in manifest.keys},
+            world_size=manifest.world_size,
+            writer=manifest.writer,
+            digest=manifests.digest_of(data),
+            provenance=manifest.provenance,
+        )
+
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the app state that was taken."""
+        return tuple(record.key for record in self.manifest.keys)
+
+    def entries(self, glob: str | None = None) -> tuple[Entry, ...]:
+        """The entries, in order; containers are among them.
+
+        Parameters
+        ----------
+        glob : str, optional
+            Only those whose path, or a container above it, matches; ``*`` crosses ``/``.
+
+        Raises
+        ------
+        EntryNotFoundError
+            If none matches.
+        """
+        entries = self.manifest.entries
+        if glob is None:
+            return entries
+        matches = paths.matcher([glob])
+        found = tuple(entry for entry in entries if matches(entry.path))
+        if not found:
+            msg = f"the glob {glob!r} matches no entry of the snapshot at {self.path!r}"
+            raise EntryNotFoundError(msg)
+        return found
+
+    # Reading
+
+    def get_state_dict_for_key(
+        self, key: str, *, device: torch.device | str | None = None, trust: bool = False, verify: bool = True, memory_budget_bytes: int | None = None
+    ) -> Any:
+        """The state dict of one key, in new memory.
+
+        Parameters
+        ----------
+        key : str
+            A key of the app state.
+        device : torch.device or str, optional
+            Where tensors go; default where they were taken from if that device is there, else the CPU.
+        trust : bool, default False
+            Whether objects that need pickle may run code.
+        verify : bool, default True
+            Whether to check digests.
+        memory_budget_bytes : int, optional
+            Most extra host memory to use.
+
+        Raises
+        ------
+        EntryNotFoundError
+            If there is no such key.
+        PickleNotAllowedError
+            If an object in it needs ``trust``.
+        SnapshotCorruptError
+            If bytes are damaged.
+        """
+        checked = check_device(device)
+        budget = memory.budget_bytes(memory_budget_bytes)
+        path = find_key(self.manifest, key)
+        return fetch.read_tree(self._source, path, device=checked, trust=trust, verify=verify, budget=budget)
+
+    def read_object(
+        self,
+        path: str,
+        obj_out: Any = None,
+        *,
+        rows: slice | None = None,
+        device: torch.device | str | None = None,
+        trust: bool = False,
+        verify: bool = True,
+        memory_budget_bytes: int | None = None,
+    ) -> Any:
+        """One entry: a tensor, a value, an object, or a container with all in it. Only its bytes are read.
+
+        Parameters
+        ----------
+        path : str
+            The entry's path, such as ``"model/encoder.0.weight"``.
+        obj_out : torch.Tensor or numpy.ndarray, optional
+            Of the entry's shape (with ``rows``, of theirs) and dtype, to read into.
+        rows : slice, optional
+            Only these rows of a tensor's first dimension; step 1. Only the blocks that hold them are read.
+        device : torch.device or str, optional
+            Where a new tensor goes; default where it was taken from if that device is there, else the CPU.
+        trust : bool, default False
+            Whether an object that needs pickle may run code.
+        verify : bool, default True
+            Whether to check digests.
+        memory_budget_bytes : int, optional
+            Most extra host memory to use.
+
+        Returns
+        -------
+        Any
+            The value, or ``obj_out``.
+
+        Raises
+        ------
+        EntryNotFoundError
+            If there is no such entry; near misses are named.
+        RestoreMismatchError
+            If ``obj_out`` does not fit.
+        InvalidArgumentError
+            If ``rows`` or ``obj_out`` are given for what is no tensor.
+        """
+        checked = check_device(device)
+        budget = memory.budget_bytes(memory_budget_bytes)
+        source = self._source
+        entry = source.by_path.get(path)
+        if isinstance(entry, (TensorEntry, AliasEntry)):
+            return fetch.read_tensor(source, entry, obj_out, rows, device=checked, verify=verify, budget=budget)
+        if entry is not None and (obj_out is not None or rows is not None):
+            msg = f"entry {path!r} is no tensor, so it has no rows and cannot be read into one"
+            raise InvalidArgumentError(msg)
+        return fetch.read_tree(source, path, device=checked, trust=trust, verify=verify, budget=budget)
+
+    def restore(
+        self,
+        app_state: dict[str, Stateful],
+        *,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
+        cast: bool = False,
+        verify: bool = True,
+        trust: bool = False,
+        atomic: bool = False,
+        dry_run: bool = False,
+        device: torch.device | str | None = None,
+        memory_budget_bytes: int | None = None,
+        progress: ProgressOption = None,
+    ) -> RestoreReport:
+        """Put state back in place. The whole plan is checked before anything live changes.
+
+        Parameters
+        ----------
+        app_state : dict of str to Stateful
+            What to restore; some of the snapshot's keys or all.
+        include, exclude : str or sequence of str, optional
+            Globs on entry paths (``"model/encoder.*"``): only what they let through comes back, the rest stays as it is.
+        rename : dict of str to str, optional
+            Prefixes of names below a key in the snapshot to prefixes of live names, such as ``{"module.": ""}``.
+        strict : bool, default True
+            Whether a module and the snapshot must have the same names.
+        cast : bool, default False
+            Convert values where the dtype differs, instead of raising.
+        verify : bool, default True
+            Whether to check digests.
+        trust : bool, default False
+            Whether objects that need pickle may run code.
+        atomic : bool, default False
+            Read and verify everything before a live byte changes: held in memory if the budget allows, else read twice.
+        dry_run : bool, default False
+            Only check, and report what would be done.
+        device : torch.device or str, optional
+            Where tensors without a live counterpart are made, those of modules on the meta device among them; default where they were
+            taken from (state of optimizers: where the parameter is).
+        memory_budget_bytes : int, optional
+            Most extra host memory to use.
+        progress : None, bool or callable
+            As for ``take``.
+
+        Returns
+        -------
+        RestoreReport
+            What was restored, and what was not.
+
+        Raises
+        ------
+        RestoreMismatchError
+            If snapshot and live state do not fit together; every problem is named, nothing was changed.
+        PickleNotAllowedError
+            If that is only because objects need ``trust``.
+        EntryNotFoundError
+            If a key is not in the snapshot, or a glob matches nothing.
+        RestoreInterruptedError
+            If it failed, or was interrupted, after live state had begun to change.
+        SnapshotCorruptError
+            If files are missing or damaged, and nothing was changed yet.
+        """
+        check_app_state(app_state)
+        check_rename(rename)
+        check_option(progress)
+        options = RestoreOptions(
+            include=None if include is None else _globs(include, "include"),
+            exclude=_globs(exclude or (), "exclude"),
+            rename=dict(rename or {}),
+            strict=strict,
+            cast=cast,
+            trust=trust,
+            device=check_device(device),
+        )
+        budget = memory.budget_bytes(memory_budget_bytes)
+        return restore.restore(
+            self._source, app_state, options, budget=budget, progress=progress, verify=verify, atomic=atomic, dry_run=dry_run
+        )
+
+    # The snapshot as a whole
+
+    def verify(self, *, memory_budget_bytes: int | None = None, progress: ProgressOption = None) -> VerifyReport:
+        """Read everything and compare it with its digests.
+
+        Returns
+        -------
+        VerifyReport
+            Every damaged entry, file and offset.
+
+        Raises
+        ------
+        SnapshotCorruptError
+            If the manifest itself is damaged, so that nothing can be said of the rest.
+        """
+        check_option(progress)
+        # From the storage, and not what was read before: that is what is in question.
+        fresh = Snapshot.__new__(Snapshot)
+        fresh._storage, fresh._loaded = self._storage, None
+        return verify.verify(fresh._source, budget=memory.budget_bytes(memory_budget_bytes), progress=progress)
+
+    def delete(self) -> None:
+        """Remove the snapshot: at once invisible, then its files one by one by name. Other files in the folder stay.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            If there is none.
+        """
+        attempt.delete(self._storage)
+        self._loaded = None
+
+    def copy(
+        self,
+        dest: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        memory_budget_bytes: int | None = None,
+        progress: ProgressOption = None,
+    ) -> Snapshot:
+        """Copy the snapshot, verified on the way; the copy has the same id.
+
+        Parameters
+        ----------
+        dest : str or os.PathLike
+            A folder to make, or one without a snapshot in it.
+
+        Returns
+        -------
+        Snapshot
+            The copy.
+
+        Raises
+        ------
+        SnapshotExistsError
+            If a snapshot is there already.
+        SnapshotCorruptError
+            If this one is damaged; nothing remains at ``dest``.
+        """
+        check_option(progress)
+        copied = Snapshot(dest, storage_options)
+        source, data = self._load()
+        copy.copy(source, data, copied._storage, budget=memory.budget_bytes(memory_budget_bytes), progress=progress)
+        return copied
+
+    # For people
+
+    def __repr__(self) -> str:
+        if self._loaded is None:
+            return f"Snapshot({self.path!r})"
+        manifest = self.manifest
+        name = f"{manifest.metadata.name!r}, " if manifest.metadata.name else ""
+        step = f", step {manifest.metadata.step}" if manifest.metadata.step is not None else ""
+        return f"Snapshot({self.path!r}, {name}id={manifest.id[:8]}{step}, {', '.join(self.keys())}, {bytes_text(self.nbytes)})"
+
+    def _repr_html_(self) -> str:
+        try:
+            rows = _summary(self.manifest)
+        except (SnapshotNotFoundError, ValueError, OSError) as error:
+            return f"<b>{html.escape(self.path)}</b><br>{html.escape(str(error))}"
+        cells = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
+        )
+        about = self.metadata
+        title = about.name or about.id[:8]
+        facts = [about.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"), bytes_text(self.nbytes), *(f"{name} {value}" for name, value in about.metrics.items())]
+        if about.step is not None:
+            facts.insert(0, f"step {about.step}")
+        return (
+            f"<b>{html.escape(title)}</b> <code>{html.escape(self.path)}</code><br>{html.escape(' · '.join(facts))}"
+            f"<table><tr><th>key</th><th>class</th><th>tensors</th><th>size</th></tr>{cells}</table>"
+        )
+
+
+def gc(path: str | os.PathLike[str], *, dry_run: bool = False) -> GcReport:
+    """Remove what takes, copies and deletions left in a folder, and in those below it, when their process died.
+
+    Only files of attempts that are provably dead are removed: their process on this machine is gone, or they gave no sign for 24 hours.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        A snapshot's folder, or one with snapshots below it.
+    dry_run : bool, default False
+        Only report what would be removed.
+
+    Returns
+    -------
+    GcReport
+        What was removed and what was left alone.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     gc(folder).removed
+    ()
+    """
+    return collect(local_folders(registry.open_storage(path).url), dry_run=dry_run)
+
+
+def _time(text: str) -> dt.datetime:
+    try:
+        return dt.datetime.fromisoformat(text)
+    except ValueError:
+        return dt.datetime.fromtimestamp(0, dt.timezone.utc)
+
+
+def _globs(globs: str | Sequence[str], what: str) -> tuple[str, ...]:
+    found = (globs,) if isinstance(globs, str) else tuple(globs)
+    if not all(isinstance(glob, str) and glob for glob in found):
+        msg = f"{what} must be globs on entry paths, got {globs!r}"
+        raise InvalidArgumentError(msg)
+    return found
+
+
+def _request(
+    path: str | os.PathLike[str],
+    app_state: dict[str, Stateful],
+    pg: Any,
+    replicated: Sequence[str] | None,
+    storage_options: Mapping[str, Any] | None,
+    name: str | None,
+    tags: Iterable[str],
+    params: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+    note: str | None,
+    step: int | None,
+    overwrite: bool,  # noqa: FBT001 - passed on as it came
+    memory_budget_bytes: int | None,
+    progress: ProgressOption,
+) -> TakeRequest:
+    """Check everything that was given to a take."""
+    check_app_state(app_state)
+    check_option(progress)
+    provenance: dict[str, Any] = {}
+    if replicated is not None:
+        provenance["replicated"] = list(_globs(replicated, "replicated"))
+    _check_process_group(pg)
+    return TakeRequest(
+        storage=registry.open_storage(path, storage_options),
+        app_state=dict(app_state),
+        metadata=make_metadata(name=name, tags=tags, params=params, metrics=metrics, note=note, step=step),
+        provenance=provenance,
+        overwrite=overwrite,
+        memory_budget_bytes=memory.budget_bytes(memory_budget_bytes),
+        progress=progress,
+    )
+
+
+def _check_process_group(pg: Any) -> None:
+    if not torch.distributed.is_available() or not (pg is not None or torch.distributed.is_initialized()):
+        return
+    size = pg.size() if hasattr(pg, "size") else torch.distributed.get_world_size()
+    if size > 1:
+        msg = f"this version takes snapshots of one process, and the process group has {size}; take on one rank, to a path of its own"
+        raise InvalidArgumentError(msg)
+
+
+def _warn_of_trust(take: Take) -> None:
+    if take.needing_trust:
+        listed = "; ".join(f"{path!r} ({reason})" for path, reason in take.needing_trust[:5])
+        more = f" and {len(take.needing_trust) - 5} more" if len(take.needing_trust) > 5 else ""  # noqa: PLR2004
+        warnings.warn(
+            f"these entries will come back only with trust=True: {listed}{more}; store plain values or tensors instead where you can",
+            NeedsTrustWarning,
+            stacklevel=3,
+        )
+
+
+def _summary(manifest: Manifest) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for record in manifest.keys:
+        root = paths.quote(record.key)
+        entries = [entry for entry in manifest.entries if entry.path == root or entry.path.startswith(f"{root}/")]
+        tensors = sum(isinstance(entry, TensorEntry) for entry in entries)
+        others = sum(not isinstance(entry, (TensorEntry, ContainerEntry, AliasEntry)) for entry in entries)
+        nbytes = sum(entry.nbytes for entry in entries if isinstance(entry, (TensorEntry, ObjectEntry)))
+        count = f"{tensors:,}" if tensors or not others else f"{others:,} values"
+        rows.append((record.key, record.type.rpartition(".")[2], count, bytes_text(nbytes)))
+    return rows
