@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expstate import collector
 from expstate.engine import attempt, copy, fetch, memory, restore, verify
 from expstate.engine.collect import GcReport, collect, local_folders
 from expstate.engine.devices import check_device
@@ -251,8 +252,9 @@ class Snapshot:
 
     def _load(self) -> tuple[SnapshotSource, bytes]:
         if self._loaded is None:
-            manifest, data = attempt.read_manifest(self._storage)
-            validate(manifest)
+            with collector.paused():
+                manifest, data = attempt.read_manifest(self._storage)
+                validate(manifest)
             self._loaded = (SnapshotSource(self._storage, manifest, data), data)
         return self._loaded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from expstate.errors import InvalidArgumentError
 
 
+@functools.lru_cache(maxsize=64)
 def usable_device(name: str | None) -> torch.device:
     """The device of this name if it is there, else the CPU."""
     try:

@@ -74,8 +74,7 @@ def read_tree(source: SnapshotSource, path: str, *, device: torch.device | None,
         If it needs ``trust``; the message names every such entry below the path.
     """
     entries = source.subtree(path)
-    numbers = set().union(*(source.files_of(entry) for entry in entries))
-    with source.opened(numbers):
+    with source.opened(source.files_of(entries)):
         values = _decode_objects(source, entries, trust=trust)
         made: dict[str, Any] = {}
         reads: list[Read] = []
@@ -139,7 +138,7 @@ def read_tensor(
         value, tensor = allocate(resolved, device or usable_device(resolved.device), shape)
     else:
         value, tensor = out, _checked_out(resolved, out, shape)
-    with source.opened(source.files_of(resolved)):
+    with source.opened(source.files_of([resolved])):
         if span is None:
             reads = list(source.reads(resolved, tensor))
         else:

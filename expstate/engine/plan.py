@@ -6,6 +6,7 @@ a ``Placement`` for each tensor that must be read, into live memory or new. Prob
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +74,9 @@ class KeyPlan:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
     is_full: bool = True
 
-    @property
-    def placements(self) -> list[Placement]:
-        """The tensors and arrays to read."""
-        return [item for _, item in self.items if isinstance(item, Placement)]
 
 
 class _KeyPlanner:
@@ -139,7 +137,9 @@ class _KeyPlanner:
     def _map(self, entries: list[Entry], chosen: set[str]) -> dict[str, str]:
         """Snapshot paths of the chosen entries to the live paths they go to."""
         plan, options = self._plan, self._options
-        targets = {entry.path: match.renamed(entry.path, options.rename) for entry in entries if entry.path in chosen}
+        targets = {entry.path: entry.path for entry in entries if entry.path in chosen}
+        if options.rename:
+            targets = {path: match.renamed(path, options.rename) for path in targets}
         targets[self._root] = self._root
         if self._is_module:
             stored = list(dict.fromkeys(match.name_of(path) for path in targets.values() if path != self._root))
@@ -206,7 +206,9 @@ class _KeyPlanner:
             tensor = self._source.resolve(entry)
             assert isinstance(tensor, TensorEntry)
             live = self._live_array(entry.path, tensor, path) if in_place else None
-            plan.items.append((path, Placement(path, entry.path, tensor, live, self._device_of(path, tensor.device))))
+            placement = Placement(path, entry.path, tensor, live, self._device_of(path, tensor.device))
+            plan.placements.append(placement)
+            plan.items.append((path, placement))
 
     def _live_array(self, stored_path: str, entry: TensorEntry, path: str) -> tree.Array | None:
         """The live tensor or array that the entry can be read into; problems where there is one that should fit and does not."""
@@ -265,7 +267,7 @@ def _containers_of(found: Iterable[str]) -> set[str]:
 def _is_in_place(leaf: tree.Array) -> bool:
     if leaf.kind == "numpy":
         return bool(leaf.value.flags.c_contiguous and leaf.value.flags.writeable)
-    return tensors.is_writable_in_place(leaf.tensor)
+    return leaf.address is not None or tensors.is_writable_in_place(leaf.tensor)
 
 
 def _some(found: list[str], most: int = 10) -> str:
@@ -297,30 +299,48 @@ def plan_key(
     return _KeyPlanner(source, key, stateful, live_state, options).plan(selected)
 
 
-def find_overlaps(plans: list[KeyPlan]) -> list[str]:
-    """Problems where two different entries aim at one live memory; equal ones are read once, by the first."""
-    spans: list[tuple[str, int, int, Placement]] = []
-    for plan in plans:
-        for placement in plan.placements:
-            tensor = placement.live.tensor if placement.live is not None else None
-            if tensor is not None and tensor.device.type != "meta" and tensor.numel():
-                size = tensor.element_size()
-                extent = 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
-                spans.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * size, placement))
-    spans.sort(key=lambda span: span[:3])
+def aim(plans: list[KeyPlan]) -> tuple[list[Placement], list[str]]:
+    """What to read, and problems where two different entries aim at one live memory.
+
+    Entries with equal bytes that go to the very same memory (tied tensors that were taken untied) are read once.
+    """
+    found = [placement for plan in plans for placement in plan.placements]
+    spans = []
+    for number, placement in enumerate(found):
+        tensor = placement.live.tensor if placement.live is not None else None
+        if tensor is None or tensor.is_meta or not tensor.numel():
+            continue
+        assert placement.live is not None
+        at = placement.live.address
+        if at is not None:
+            spans.append((0, at, at + placement.live.nbytes, number))
+        else:
+            start = tensor.data_ptr()
+            spans.append((0 if tensor.is_cpu else 1 + (tensor.device.index or 0), start, start + _extent(tensor), number))
+    spans.sort()
+    twice: set[int] = set()
     problems = []
-    for (device, start, stop, one), (other_device, other_start, other_stop, other) in zip(spans, spans[1:], strict=False):
+    for (device, start, stop, first), (other_device, other_start, other_stop, second) in itertools.pairwise(spans):
         if device != other_device or other_start >= stop:
             continue
+        one, other = found[first], found[second]
         assert one.live is not None
         assert other.live is not None
         same_place = (start, stop) == (other_start, other_stop) and one.live.tensor.stride() == other.live.tensor.stride()
         if same_place and _same_bytes(one.entry, other.entry):
-            continue
+            twice.add(second)
         # Views that interleave, such as the columns of one matrix, have overlapping extents and no element in common.
-        if same_place or (one.live.tensor.is_contiguous() and other.live.tensor.is_contiguous()):
+        elif same_place or (one.live.tensor.is_contiguous() and other.live.tensor.is_contiguous()):
             problems.append(f"entries {one.stored_path!r} and {other.stored_path!r} differ, and their live tensors are the same memory")
-    return problems
+    return [placement for number, placement in enumerate(found) if number not in twice], problems
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + last) * tensor.element_size()
 
 
 def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:

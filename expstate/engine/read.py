@@ -40,18 +40,21 @@ class Target:
         Strided, any device; its elements do not share memory.
     dtype : torch.dtype, optional
         The stored dtype, if it is not the tensor's.
+    address : int, optional
+        Where the tensor is known to lie in plain host memory.
     """
 
-    __slots__ = ("address", "dtype", "left", "tensor")
+    __slots__ = ("address", "dtype", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype | None = None, address: int | None = None) -> None:
         self.tensor = tensor
         self.dtype = dtype if dtype is not None and dtype != tensor.dtype else None
-        self.address = tensor.data_ptr() if self.dtype is None and tensors.is_plain_memory(tensor) else None
-        self.left = 0
+        self.address: int | None = None
+        if self.dtype is None:
+            self.address = address or (tensor.data_ptr() if tensors.is_plain_memory(tensor) else None)
 
 
-class Read(msgspec.Struct, frozen=True):
+class Read(msgspec.Struct, frozen=True, gc=False):
     """Whole blocks of a box to read.
 
     ``offset`` and ``nbytes`` say where they lie in ``file``, ``digests`` what they are. Of these, the bytes from ``first`` to ``last`` go to ``target``, where they begin
@@ -97,11 +100,8 @@ class Damage(msgspec.Struct, frozen=True):
         return f"{whose}: {self.nbytes:,} bytes at {self.offset:,} of file {self.file!r}: {self.reason}"
 
 
-def pieces(read: Read, window_bytes: int) -> Iterable[Read]:
+def _pieces(read: Read, window_bytes: int) -> Iterable[Read]:
     """A read cut into pieces that fit a buffer."""
-    if read.nbytes <= window_bytes:
-        yield read
-        return
     step = window_bytes // BLOCK_BYTES * BLOCK_BYTES
     for start in range(0, read.nbytes, step):
         nbytes = min(step, read.nbytes - start)
@@ -114,17 +114,26 @@ def pieces(read: Read, window_bytes: int) -> Iterable[Read]:
 
 def windows(reads: Iterable[Read], window_bytes: int) -> list[list[Read]]:
     """Reads that lie near each other in a file, joined as far as a buffer holds them."""
-    cut = sorted((piece for read in reads for piece in pieces(read, window_bytes)), key=lambda piece: (piece.file, piece.offset))
+    cut: list[Read] = []
+    for read in reads:
+        if read.nbytes <= window_bytes:
+            cut.append(read)
+        else:
+            cut += _pieces(read, window_bytes)
+    cut.sort(key=lambda piece: (piece.file, piece.offset))
     joined: list[list[Read]] = []
+    window: list[Read] = []
     file, start, end = -1, 0, 0
     for piece in cut:
-        stop = piece.offset + piece.nbytes
-        if piece.file == file and piece.offset - end <= _JOIN_GAP_BYTES and stop - start <= window_bytes:
-            joined[-1].append(piece)
-            end = max(end, stop)
+        offset = piece.offset
+        stop = offset + piece.nbytes
+        if piece.file == file and offset - end <= _JOIN_GAP_BYTES and stop - start <= window_bytes:
+            window.append(piece)
+            end = stop if stop > end else end  # noqa: FURB136 - runs once for each of many tensors
         else:
-            joined.append([piece])
-            file, start, end = piece.file, piece.offset, stop
+            window = [piece]
+            joined.append(window)
+            file, start, end = piece.file, offset, stop
     return joined
 
 
@@ -169,15 +178,17 @@ class PieceReader:
         self._on_damage = on_damage
         self._lock = threading.Lock()
         self._streams = SideStreams([])
+        self._left: dict[int, list[Read]] = {}
+
+    def unfinished(self) -> set[str]:
+        """Paths of entries whose bytes are not all in place."""
+        return {read.path for window in self._left.values() for read in window}
 
     def run(self, reads: Sequence[Read]) -> None:
         """Do all reads; returns when the values are in place, or on an accelerator when what is queued next will see them."""
-        self._streams = SideStreams(read.target.tensor.device for read in reads if read.target is not None)
+        self._streams = SideStreams(read.target.tensor.device for read in reads if read.target is not None and read.target.address is None)
         jobs = windows(reads, self._staging.window_bytes)
-        for job in jobs:
-            for read in job:
-                if read.target is not None:
-                    read.target.left += 1
+        self._left = {id(job): job for job in jobs}
         try:
             crew.run(jobs, self._do, max(1, min(self._threads, self._staging.count, len(jobs))), self._stop)
         finally:
@@ -197,9 +208,7 @@ class PieceReader:
                 self._on_damage(Damage(read.path, file.name, read.offset, read.nbytes, str(error)))
         self._progress.add(sum(read.nbytes for read in window))
         with self._lock:
-            for read in window:
-                if read.target is not None:
-                    read.target.left -= 1
+            del self._left[id(window)]
 
     def _read_in_place(self, read: Read, file: FileReader) -> bool:
         """Read block by block into the target's own memory, and digest each while it is in the cache."""

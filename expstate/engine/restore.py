@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expstate import settings
+from expstate import collector, settings
 from expstate.engine import crew, memory
 from expstate.engine.fetch import allocate, read_object_bytes
-from expstate.engine.plan import KeyPlan, Placement, RestoreOptions, find_overlaps, plan_key
+from expstate.engine.plan import KeyPlan, Placement, RestoreOptions, aim, plan_key
 from expstate.engine.read import PieceReader, Read
 from expstate.engine.report import RestoreReport
 from expstate.engine.source import find_key
@@ -42,7 +42,8 @@ class _Restore:
         self._progress_option = progress
         self._verify = verify
         self._plans: list[KeyPlan] = []
-        self._reads: list[Read] = []
+        self._placements: list[Placement] = []
+        self._reader: PieceReader | None = None
         self._loaded: list[KeyPlan] = []
         self.nbytes = 0
 
@@ -72,7 +73,7 @@ class _Restore:
     def file_numbers(self) -> set[int]:
         """The files that the plan needs."""
         entries = [item.entry if isinstance(item, Placement) else item for plan in self._plans for _, item in plan.items]
-        return set().union(*(self._source.files_of(entry) for entry in entries if not isinstance(entry, (tuple, ContainerEntry))), set())
+        return self._source.files_of(entry for entry in entries if not isinstance(entry, tuple))
 
     def check(self) -> None:
         """Decode objects, look for overlaps and meta tensors, raise what was found; the files are open."""
@@ -86,7 +87,8 @@ class _Restore:
                     except PickleNotAllowedError as error:
                         refused.append(f"entry {item.path!r} ({item.type}): {error}")
             plan.problems += _meta_left(plan)
-        problems = [problem for plan in self._plans for problem in plan.problems] + find_overlaps(self._plans)
+        self._placements, overlaps = aim(self._plans)
+        problems = [problem for plan in self._plans for problem in plan.problems] + overlaps
         if refused and not problems:
             raise PickleNotAllowedError("; ".join(refused))
         problems += refused
@@ -94,45 +96,32 @@ class _Restore:
             text = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
             msg = f"the snapshot does not fit the live state, and nothing was changed: {text}"
             raise RestoreMismatchError(msg, problems)
-        self.nbytes = sum(placement.entry.nbytes for placement in self._unique_placements())
-
-    def _unique_placements(self) -> list[Placement]:
-        """Placements to read; of those that read the same bytes into one live memory only the first."""
-        seen: set[tuple[Any, ...]] = set()
-        found = []
-        for plan in self._plans:
-            for placement in plan.placements:
-                live = placement.live
-                if live is not None and live.tensor.device.type != "meta" and live.tensor.numel():
-                    where = (str(live.tensor.device), live.tensor.data_ptr(), live.shape, live.tensor.stride())
-                    if where in seen:
-                        continue
-                    seen.add(where)
-                found.append(placement)
-        return found
+        self.nbytes = sum(placement.entry.nbytes for placement in self._placements)
 
     # Moving
 
     def run(self, *, atomic: bool) -> None:
         """Read everything into place and load it."""
-        placements = self._unique_placements()
+        placements = self._placements
         shadows: dict[int, torch.Tensor] = {}
         if atomic:
             shadows = self._read_first(placements)
         try:
             self._allocate()
-            reads = []
-            for placement in placements:
-                shadow = shadows.get(id(placement))
-                if shadow is not None and placement.tensor is not None:
-                    with torch.no_grad():
-                        placement.tensor.copy_(shadow)
-                else:
-                    reads += list(self._source.reads(placement.entry, placement.tensor, _stored_dtype(placement)))
-            self._reads = reads
+            reads: list[Read] = []
+            with collector.paused():
+                for placement in placements:
+                    shadow = shadows.get(id(placement))
+                    if shadow is not None and placement.tensor is not None:
+                        with torch.no_grad():
+                            placement.tensor.copy_(shadow)
+                    else:
+                        known_at = placement.live.address if placement.live is not None else None
+                        reads += self._source.reads(placement.entry, placement.tensor, _stored_dtype(placement), known_at)
             self._read(reads)
             for plan in sorted(self._plans, key=lambda plan: isinstance(plan.stateful, RNGState)):
-                _load(plan, strict=self._options.strict)
+                with collector.paused():
+                    _load(plan, strict=self._options.strict)
                 self._loaded.append(plan)
         except BaseException as error:
             raise self._interrupted(error) from error
@@ -173,13 +162,14 @@ class _Restore:
         staging = memory.Staging(max(self._budget - held, 2 * settings.MIB), threads, next(iter(devices), None))
         progress = Progress("restore", sum(read.nbytes for read in reads), self._progress_option)
         try:
-            PieceReader(self._source.files, staging, threads, progress, crew.Stop(), verify=self._verify).run(reads)
+            self._reader = PieceReader(self._source.files, staging, threads, progress, crew.Stop(), verify=self._verify)
+            self._reader.run(reads)
         finally:
             progress.close()
             staging.close()
 
     def _interrupted(self, error: BaseException) -> RestoreInterruptedError:
-        unfinished = {read.path for read in self._reads if read.target is not None and read.target.left}
+        unfinished = self._reader.unfinished() if self._reader is not None else set()
         loaded = {id(plan) for plan in self._loaded}
         applied, unapplied = [], []
         for plan in self._plans:
@@ -189,7 +179,7 @@ class _Restore:
                 if isinstance(item, Placement) and item.live is not None and item.tensor is not None and item.entry.path not in unfinished
             }
             for path in plan.stored_paths:
-                done = id(plan) in loaded or (path in in_place and bool(self._reads))
+                done = id(plan) in loaded or (path in in_place and self._reader is not None)
                 (applied if done else unapplied).append(path)
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         msg = f"the restore stopped after live state had begun to change ({len(applied):,} entries applied, {len(unapplied):,} not): {what}"
@@ -225,9 +215,12 @@ def restore(
     """Restore, as ``Snapshot.restore`` documents it."""
     started = time.perf_counter()
     work = _Restore(source, options, budget, progress, verify=verify)
-    work.plan(app_state)
-    with source.opened(work.file_numbers()):
-        work.check()
+    with collector.paused():
+        work.plan(app_state)
+        numbers = work.file_numbers()
+    with source.opened(numbers):
+        with collector.paused():
+            work.check()
         if not dry_run:
             work.run(atomic=atomic)
     return work.report(time.perf_counter() - started, dry_run=dry_run)

@@ -19,7 +19,7 @@ from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, AliasEntry, Box,
 from expstate.state import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
@@ -121,11 +121,17 @@ class SnapshotSource:
 
     # Reads
 
-    def files_of(self, entry: Entry) -> set[int]:
-        """Numbers of the files that hold an entry's bytes and digests."""
-        entry = self.resolve(entry)
-        boxes = entry.boxes if isinstance(entry, (TensorEntry, ObjectEntry)) else ()
-        return {box.file for box in boxes} | {box.blocks[0] for box in boxes if isinstance(box.blocks, tuple)}
+    def files_of(self, entries: Iterable[Entry]) -> set[int]:
+        """Numbers of the files that hold the bytes and digests of entries."""
+        numbers: set[int] = set()
+        for entry in entries:
+            resolved = self.resolve(entry)
+            if isinstance(resolved, (TensorEntry, ObjectEntry)):
+                for box in resolved.boxes:
+                    numbers.add(box.file)
+                    if isinstance(box.blocks, tuple):
+                        numbers.add(box.blocks[0])
+        return numbers
 
     @staticmethod
     def box_sizes(entry: TensorEntry | ObjectEntry) -> Iterator[tuple[Box, int]]:
@@ -137,8 +143,16 @@ class SnapshotSource:
         for box in entry.boxes:
             yield box, math.prod(entry.shape if box.sizes is None else box.sizes) * itemsize
 
-    def reads(self, entry: TensorEntry | ObjectEntry, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> Iterator[Read]:
+    def reads(
+        self, entry: TensorEntry | ObjectEntry, tensor: torch.Tensor | None, dtype: torch.dtype | None = None, address: int | None = None
+    ) -> Iterator[Read]:
         """The reads that fill ``tensor`` with the whole entry, or verify it if there is none."""
+        box = entry.boxes[0]
+        if len(entry.boxes) == 1 and box.starts is None and 0 < (nbytes := entry.nbytes) <= BLOCK_BYTES:
+            # By far the most entries are of this kind.
+            target = None if tensor is None else Target(tensor, dtype, address)
+            yield Read(entry.path, box.file, box.offset, nbytes, box.digest, target, 0, nbytes, 0)
+            return
         if tensor is not None and isinstance(entry, TensorEntry) and entry.boxes[0].starts is not None:
             tensor = _shaped(entry, tensor, entry.shape)
         for box, nbytes in self.box_sizes(entry):

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expstate import settings
+from expstate import collector, settings
 from expstate._version import __version__
 from expstate.engine import crew, memory
 from expstate.engine.attempt import Attempt
 from expstate.engine.digest import box_digest
-from expstate.engine.streams import SideStreams
 from expstate.engine.write import FilesWriter
 from expstate.errors import AppStateError, UnsupportedValueError
 from expstate.format import manifest as manifests
@@ -116,6 +115,7 @@ class Take:
         self._leaves: list[tree.Leaf] = []
         self._keys: list[KeyRecord] = []
         self._sources: list[torch.Tensor] = []
+        self._addresses: list[int | None] = []
         self._shapes: list[tuple[int, ...]] = []
         self._devices: list[str] = []
         self._number_of: dict[str, int] = {}
@@ -134,12 +134,14 @@ class Take:
     def gather(self) -> None:
         """Take hold of the place, then of the state: flattened, objects pickled, everything laid out."""
         self._attempt.begin(overwrite=self._request.overwrite)
-        for key, state in state_dicts(self._request.app_state).items():
-            stateful = type(self._request.app_state[key])
-            self._keys.append(KeyRecord(key, f"{stateful.__module__}.{stateful.__qualname__}"))
-            leaves = tree.flatten(key, state)
-            self._leaves += leaves
-            self._lay_out_key(key, leaves)
+        states = state_dicts(self._request.app_state)
+        with collector.paused():
+            for key, state in states.items():
+                stateful = type(self._request.app_state[key])
+                self._keys.append(KeyRecord(key, f"{stateful.__module__}.{stateful.__qualname__}"))
+                leaves = tree.flatten(key, state)
+                self._leaves += leaves
+                self._lay_out_key(key, leaves)
         self.total_bytes = sum(box.nbytes for file in self._files for box in file.boxes)
 
     def _lay_out_key(self, key: str, leaves: Sequence[tree.Leaf]) -> None:
@@ -147,7 +149,7 @@ class Take:
         aliases = [(leaf.path, leaf.target) for leaf in leaves if isinstance(leaf, tree.Alias)]
         sources = [_source(leaf) for leaf in arrays]
         if sources:
-            self._add_files(key, sources, [leaf.tensor for leaf in arrays], aliases)
+            self._add_files(key, sources, [leaf.tensor for leaf in arrays], [leaf.address for leaf in arrays], aliases)
         objects = [leaf for leaf in leaves if isinstance(leaf, tree.Object)]
         for leaf in objects:
             try:
@@ -162,27 +164,34 @@ class Take:
             # In a file of their own: the key's file holds its tensors and nothing else.
             stored = [self._objects[leaf.path].data for leaf in objects]
             sources = [Source(leaf.path, "uint8", (len(data),), 1) for leaf, data in zip(objects, stored, strict=True)]
-            self._add_files(f"{key}.objects", sources, [_bytes_tensor(data) for data in stored])
+            held = [_bytes_tensor(data) for data in stored]
+            self._add_files(f"{key}.objects", sources, held, [tensor.data_ptr() for tensor in held])
 
     def _add_files(
-        self, stem: str, sources: Sequence[Source], tensors: Sequence[torch.Tensor], aliases: Sequence[tuple[str, str]] = ()
+        self,
+        stem: str,
+        sources: Sequence[Source],
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int | None],
+        aliases: Sequence[tuple[str, str]] = (),
     ) -> None:
         first = len(self._sources)
         self._sources += tensors
+        self._addresses += addresses
         self._shapes += [source.shape for source in sources]
-        self._devices += [str(tensor.device) for tensor in tensors]
+        self._devices += ["cpu" if tensor.is_cpu else str(tensor.device) for tensor in tensors]
         self._number_of |= {source.path: first + index for index, source in enumerate(sources)}
         self._files += lay_out(stem, sources, aliases, self._namer, self._storage.data_file_bytes, first=first)
 
     # Moving
 
-    def _writer(self, files: Sequence[DataFile], sources: Sequence[torch.Tensor]) -> FilesWriter:
+    def _writer(self, files: Sequence[DataFile], sources: Sequence[torch.Tensor], addresses: Sequence[int | None]) -> FilesWriter:
         threads = settings.current().thread_count
         if self._staging is None:
-            pinned_for = SideStreams(tensor.device for tensor in sources).device_type
+            pinned_for = next((tensor.device.type for tensor in sources if not tensor.is_cpu), None)
             self._staging = memory.Staging(self._request.memory_budget_bytes, threads, pinned_for)
             self._progress = Progress("take", self.total_bytes, self._request.progress)
-        writer = FilesWriter(self._storage, files, sources, self._staging, threads, self._written, self._stop)
+        writer = FilesWriter(self._storage, files, sources, addresses, self._staging, threads, self._written, self._stop)
         self._writers.append(writer)
         return writer
 
@@ -194,11 +203,11 @@ class Take:
 
     def write(self) -> None:
         """Stage, digest and write everything; the state must not change meanwhile."""
-        self._writer(self._files, self._sources).write_now()
+        self._writer(self._files, self._sources, self._addresses).write_now()
 
     def stage(self) -> None:
         """Copy everything, so that the state may change; what the budget does not hold at once is written meanwhile."""
-        self._writer(self._files, self._sources).stage_all()
+        self._writer(self._files, self._sources, self._addresses).stage_all()
         # The copies are all that is needed from here on: live state is not kept alive by a take that is still being written.
         self._leaves = [_without_values(leaf) for leaf in self._leaves]
 
@@ -218,9 +227,10 @@ class Take:
         bytes
             Its bytes.
         """
-        boxes = self._boxes()
-        manifest = self._manifest(boxes)
-        data = manifests.encode(manifest)
+        with collector.paused():
+            boxes = self._boxes()
+            manifest = self._manifest(boxes)
+            data = manifests.encode(manifest)
         self._stop.check()
         self._attempt.commit(data, {record.name: record.size for record in manifest.files})
         self._attempt.finish()
@@ -256,7 +266,8 @@ class Take:
             return []
         sources = [Source(f"digests/{index}", "uint8", (len(table),), 1) for index, table in enumerate(tables)]
         files = lay_out("digests", sources, (), self._namer, self._storage.data_file_bytes)
-        writer = self._writer(files, [torch.frombuffer(table, dtype=torch.uint8) for table in tables])
+        held = [torch.frombuffer(table, dtype=torch.uint8) for table in tables]
+        writer = self._writer(files, held, [tensor.data_ptr() for tensor in held])
         writer.write_now()
         places = {box.source: (len(self._files) + number, box.offset) for number, file in enumerate(files) for box in file.boxes}
         self._files += files

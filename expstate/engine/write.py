@@ -11,6 +11,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blake3 import blake3
+
 from expstate.engine import crew
 from expstate.engine.digest import block_digests
 from expstate.engine.memory import Buffer
@@ -61,6 +63,8 @@ class FilesWriter:
         What, laid out.
     sources : sequence of torch.Tensor
         The tensors that ``PlacedBox.source`` counts.
+    addresses : sequence of int or None
+        Where each lies in host memory, if its bytes can be copied as they are.
     staging : Staging
         Buffers.
     threads : int
@@ -83,6 +87,7 @@ class FilesWriter:
         storage: Storage,
         files: Sequence[DataFile],
         sources: Sequence[torch.Tensor],
+        addresses: Sequence[int | None],
         staging: Staging,
         threads: int,
         written: Callable[[int], None],
@@ -90,11 +95,11 @@ class FilesWriter:
     ) -> None:
         self._storage = storage
         self._sources = sources
-        self._addresses = [tensor.data_ptr() if tensors.is_plain_memory(tensor) else None for tensor in sources]
+        self._addresses = addresses
         self._staging = staging
         self._written = written
         self._stop = stop
-        self._streams = SideStreams(tensor.device for tensor in sources)
+        self._streams = SideStreams(tensor.device for tensor, address in zip(sources, addresses, strict=True) if address is None)
         per_file = [list(write_windows(number, file, storage.alignment, staging.window_bytes)) for number, file in enumerate(files)]
         self._windows = [window for windows in per_file for window in windows]
         self._open = [_OpenFile(file, len(windows)) for file, windows in zip(files, per_file, strict=True)]
@@ -110,17 +115,22 @@ class FilesWriter:
         boxes = self._open[window.file].file.boxes
         digests = self.digests[window.file]
         events: list[object] = []
-        for number, start, stop, is_whole in [(item.box, item.start, item.stop, item.digest) for item in window.fragments]:
+        for item in window.fragments:
+            number, start = item.box, item.start
+            nbytes = item.stop - start
             box = boxes[number]
             at = box.offset + start - window.start
             address = self._addresses[box.source]
             first = box.first_byte + start
             if address is None:
-                events += self._copy(self._sources[box.source], first, first + stop - start, buffer, at)
-            elif digest and is_whole:
-                _move_and_digest(address + first, buffer, at, stop - start, digests[number], start // BLOCK_BYTES * DIGEST_BYTES)
+                events += self._copy(self._sources[box.source], first, first + nbytes, buffer, at)
+            elif not (digest and item.digest):
+                tensors.move_memory(buffer.address + at, address + first, nbytes)
+            elif box.nbytes <= BLOCK_BYTES:
+                tensors.move_memory(buffer.address + at, address + first, nbytes)
+                digests[number][:] = blake3(buffer.view[at : at + nbytes]).digest()
             else:
-                tensors.move_memory(buffer.address + at, address + first, stop - start)
+                _move_and_digest(address + first, buffer, at, nbytes, digests[number], start // BLOCK_BYTES * DIGEST_BYTES)
         return tuple(events)
 
     def _copy(self, tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, at: int) -> list[object]:

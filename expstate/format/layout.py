@@ -47,7 +47,7 @@ BYTES = "bytes"
 """The dtype of a source whose items mean nothing to torch; it is never cut."""
 
 
-class Source(msgspec.Struct, frozen=True):
+class Source(msgspec.Struct, frozen=True, gc=False):
     """What the layout needs to know of an array: its path, dtype (by torch's name, or ``BYTES``), shape and item size."""
 
     path: str
@@ -56,7 +56,15 @@ class Source(msgspec.Struct, frozen=True):
     itemsize: int
 
 
-class PlacedBox(msgspec.Struct):
+class _HeaderField(msgspec.Struct, frozen=True, gc=False):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class PlacedBox(msgspec.Struct, gc=False):
     """A box and its place: which source, which bytes of it, at which byte of the file; ``rows`` if the source was cut."""
 
     source: int
@@ -185,14 +193,14 @@ def _header(boxes: Sequence[PlacedBox], sources: Sequence[Source], names: Sequen
     fields: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     for box in boxes:
         source = sources[box.source]
-        name, shape = names[box.source], list(source.shape)
+        name, shape = names[box.source], source.shape
         if box.rows is not None:
             name = f"{name}#{box.rows[0]}"
-            shape[0] = box.rows[1] - box.rows[0]
+            shape = (box.rows[1] - box.rows[0], *shape[1:])
         dtype = _SAFETENSORS_NAMES.get(source.dtype)
         if dtype is None:
-            dtype, shape = "U8", [box.nbytes]
-        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [box.offset, box.offset + box.nbytes]}
+            dtype, shape = "U8", (box.nbytes,)
+        fields[name] = _HeaderField(dtype, shape, (box.offset, box.offset + box.nbytes))
     text = msgspec.json.encode(fields)
     length = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES - 8
     return length.to_bytes(8, "little") + text.ljust(length)

@@ -6,20 +6,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from blake3 import blake3
 
+from expstate import collector
 from expstate.errors import ManifestError, ManifestTooLargeError, SnapshotCorruptError, SnapshotNotFoundError, UnsupportedFormatError
 from expstate.settings import GIB, MIB
 from expstate.state import numpy_arrays, tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 FORMAT = 1
 FEATURES: frozenset[str] = frozenset()
@@ -38,7 +35,7 @@ _TAIL_BYTES = len(_TAIL_START) + 2 * DIGEST_BYTES + len(_TAIL_END)
 _HEAD = re.compile(rb'\{"format":(\d{1,9}),"id":"([0-9a-f]{32})"')
 
 
-class FileRecord(msgspec.Struct, array_like=True, frozen=True):
+class FileRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A data file: name, size in bytes, length and BLAKE3 of its header (with the eight bytes before it)."""
 
     name: str
@@ -47,7 +44,7 @@ class FileRecord(msgspec.Struct, array_like=True, frozen=True):
     header_digest: bytes
 
 
-class Box(msgspec.Struct, array_like=True, frozen=True):
+class Box(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Where a box lies and what its bytes are.
 
     ``file`` is an index into the manifest's files, ``offset`` counts from the file's first byte. ``digest`` is the BLAKE3 of the bytes if
@@ -63,7 +60,7 @@ class Box(msgspec.Struct, array_like=True, frozen=True):
     sizes: tuple[int, ...] | None = None
 
 
-class TensorEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="tensor"):
+class TensorEntry(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="entry", tag="tensor"):
     """A tensor, or a NumPy array (``kind`` is ``tensor``, ``parameter`` or ``numpy``), of global ``shape``."""
 
     path: str
@@ -78,15 +75,15 @@ class TensorEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return numpy_arrays.item_size(self.dtype) if self.kind == "numpy" else tensors.item_size(self.dtype)
+        return numpy_arrays.item_size(self.dtype) if self.kind == "numpy" else tensors.ITEM_SIZES[self.dtype]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return tensors.nbytes_of(self.shape, self.itemsize)
+        return math.prod(self.shape) * self.itemsize
 
 
-class ObjectEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="object"):
+class ObjectEntry(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="entry", tag="object"):
     """An object stored by ``torch.save``; ``needs_trust`` says that the safe loader refused it when it was taken."""
 
     path: str
@@ -97,7 +94,7 @@ class ObjectEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry
     rank: int | None = None
 
 
-class ValueEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="value"):
+class ValueEntry(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="entry", tag="value"):
     """A plain Python value in the form of ``state.values``."""
 
     path: str
@@ -110,7 +107,7 @@ class ValueEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry"
         return 0
 
 
-class AliasEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="alias"):
+class AliasEntry(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="entry", tag="alias"):
     """A tensor tied to another: the same memory under a second name."""
 
     path: str
@@ -123,7 +120,7 @@ class AliasEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry"
         return 0
 
 
-class ContainerEntry(msgspec.Struct, array_like=True, frozen=True, tag_field="entry", tag="container"):
+class ContainerEntry(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="entry", tag="container"):
     """A value stored as parts, the entries below its path: the name of its codec and the codec's metadata."""
 
     path: str
@@ -151,7 +148,7 @@ class Metadata(msgspec.Struct, frozen=True, omit_defaults=True):
     step: int | None = None
 
 
-class KeyRecord(msgspec.Struct, array_like=True, frozen=True):
+class KeyRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A key of the app state and the class of the stateful under it."""
 
     key: str
@@ -242,7 +239,7 @@ def decode(data: bytes) -> Manifest:
         msg = f"the snapshot has format {int(head.group(1))}, and this version reads up to {FORMAT}; upgrade expstate"
         raise UnsupportedFormatError(msg)
     try:
-        with _collector_paused():
+        with collector.paused():
             manifest = _decoder.decode(body + b"}")
     except RecursionError:
         msg = "the manifest is nested too deeply"
@@ -256,14 +253,3 @@ def decode(data: bytes) -> Manifest:
         raise UnsupportedFormatError(msg)
     return manifest
 
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    # Hundreds of thousands of records are made at once and none is garbage: collections would look at all of them many times.
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

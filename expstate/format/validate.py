@@ -117,11 +117,14 @@ def _check_tensor(entry: TensorEntry, manifest: Manifest, spans: list[Span]) -> 
         itemsize = entry.itemsize
     except (KeyError, ValueError):
         _fail(entry.path, f"has a dtype that is not known here: {entry.dtype[:80]!r}")
-    if len(shape) > _MAX_DIMENSIONS or (shape and min(shape) < 0) or math.prod(max(size, 1) for size in shape) * itemsize > _MAX_TENSOR_BYTES:
+    nbytes = math.prod(shape) * itemsize
+    if nbytes == 0 or len(shape) > _MAX_DIMENSIONS or (shape and min(shape) < 0):
+        _check_odd_shape(entry, itemsize)
+    if nbytes > _MAX_TENSOR_BYTES:
         _fail(entry.path, f"has a shape that is not possible: {shape[:8]}")
     boxes = entry.boxes
     if len(boxes) == 1 and boxes[0].starts is None and boxes[0].sizes is None:
-        _check_box(entry.path, boxes[0], math.prod(shape) * itemsize, manifest, spans)
+        _check_box(entry.path, boxes[0], nbytes, manifest, spans)
         return
     for box in boxes:
         starts, sizes = box.starts, box.sizes
@@ -132,6 +135,13 @@ def _check_tensor(entry: TensorEntry, manifest: Manifest, spans: list[Span]) -> 
             _fail(entry.path, "has a box outside its shape")
         _check_box(entry.path, box, math.prod(sizes) * itemsize, manifest, spans)
     _check_tiling(entry)
+
+
+def _check_odd_shape(entry: TensorEntry, itemsize: int) -> None:
+    """Shapes without elements, whose other sizes still must not overflow, and those with too many or negative sizes."""
+    shape = entry.shape
+    if len(shape) > _MAX_DIMENSIONS or (shape and min(shape) < 0) or math.prod(max(size, 1) for size in shape) * itemsize > _MAX_TENSOR_BYTES:
+        _fail(entry.path, f"has a shape that is not possible: {shape[:8]}")
 
 
 def _check_object(entry: ObjectEntry, manifest: Manifest, spans: list[Span]) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from expstate.errors import ManifestError
 from expstate.state.numpy_random import decode_state, encode_state, new_bit_generator
+from expstate.state.tensors import memory
 from expstate.state.torch_codecs import check_cpu_state
 from expstate.state.values import NotPlainError
 
@@ -196,7 +197,8 @@ def _set_numpy(state: dict[str, Any]) -> None:
 
 
 def _as_bytes(state: torch.Tensor) -> bytes:
-    return bytes(state.cpu().numpy()) if "numpy" in sys.modules else bytes(state.tolist())
+    state = state.cpu().contiguous()
+    return bytes(memory(state.data_ptr(), state.numel()))
 
 
 def _accelerator() -> tuple[str, Any] | None:

@@ -6,8 +6,9 @@ those that this process has imported, never imported; jagged nested tensors have
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +16,9 @@ from expstate.errors import ManifestError, UnknownClassError
 from expstate.state.codecs import Codec, Parts, register
 from expstate.state.forms import PLAIN_CLASSES, as_formed, is_live, part_forms, shape_of, sizes_of, tensor_form, tensor_part
 from expstate.state.values import decode, encode_tree, find_class
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _JAGGED = ("torch.nested._internal.nested_tensor", "NestedTensor")
 
@@ -44,6 +48,7 @@ class _Subclass(Codec):
             "context": encode_tree(context),
             "size": sizes_of(value.size()),
             "stride": sizes_of(value.stride()),
+            "strides": {name: list(part.stride()) for name, part in parts.items() if _is_dense(part) and not part.is_contiguous()},
             "parts": part_forms(parts),
             **tensor_form(value),
         }
@@ -64,16 +69,44 @@ class _Subclass(Codec):
                 raise
         if kept:
             return live
-        size, stride = _decode_sizes(meta["size"]), _decode_sizes(meta["stride"])
-        built = cls.__tensor_unflatten__(dict(parts), context, None if size is None else torch.Size(size), stride)
+        inner = {name: _with_stride(part, shape_of(meta["strides"].get(name, []))) for name, part in parts.items()}
+        built = cls.__tensor_unflatten__(inner, context, *_outer(meta))
         if type(built) is not cls or sizes_of(built.size()) != meta["size"]:
             msg = f"its parts make a {type(built).__qualname__} of size {sizes_of(built.size())}, not of {meta['size']}"
             raise ManifestError(msg)
         return as_formed(built, meta)
 
 
-def _decode_sizes(encoded: Any) -> tuple[int, ...] | None:
-    return None if isinstance(encoded, list) and None in encoded else shape_of(encoded)
+def _is_dense(part: Any) -> bool:
+    """Whether a part is a plain tensor whose elements fill its memory in some order, as those of a transposed matrix do."""
+    return type(part) is torch.Tensor and part.layout is torch.strided and not part.is_nested and _fills(part.shape, part.stride())
+
+
+def _fills(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    ordered = sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1)
+    expected = 1
+    for step, size in ordered:
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _with_stride(part: Any, stride: tuple[int, ...]) -> Any:
+    """A part with the strides it had; what is stored is in row-major order."""
+    if not stride or not _is_dense(part) or part.stride() == stride or not _fills(part.shape, stride):
+        return part
+    return torch.empty_strided(part.shape, stride, dtype=part.dtype, device=part.device).copy_(part)
+
+
+def _outer(meta: Any) -> tuple[torch.Size | None, tuple[int, ...] | None]:
+    """Size and strides of the whole, as ``__tensor_unflatten__`` wants them; those of a view with gaps have been closed."""
+    if None in meta["size"] or None in meta["stride"]:
+        return None, None  # ragged, and told by the parts
+    size, stride = shape_of(meta["size"]), shape_of(meta["stride"])
+    if not _fills(size, stride):
+        stride = tuple(math.prod(max(1, count) for count in size[dimension + 1 :]) for dimension in range(len(size)))
+    return torch.Size(size), stride
 
 
 def _check_jagged(parts: Parts, context: Any) -> None:

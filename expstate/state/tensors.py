@@ -28,7 +28,8 @@ DTYPES: dict[str, torch.dtype] = {name: dtype for name in _NAMES if isinstance(d
 
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-_ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+ITEM_SIZES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+"""Name to bytes of one element."""
 
 _memory_view = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -37,11 +38,6 @@ _WRITABLE = 0x200  # PyBUF_WRITE
 
 move_memory = ctypes.memmove
 """``memmove(target address, source address, bytes)``; the interpreter lock is not held meanwhile."""
-
-
-def item_size(dtype: str) -> int:
-    """Bytes of one element; ``KeyError`` for a dtype that this torch has not."""
-    return _ITEM_SIZES[dtype]
 
 
 def memory(address: int, nbytes: int) -> memoryview:
@@ -60,6 +56,17 @@ def nbytes_of(shape: Sequence[int], itemsize: int) -> int:
 def is_plain_memory(tensor: torch.Tensor) -> bool:
     """Whether the tensor's elements lie one after the other in host memory, so that its bytes can be copied as they are."""
     return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
+def is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are the same elements of one memory: tied."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.dtype == other.dtype
+        and one.stride() == other.stride()
+        and one.device == other.device
+        and (one.is_conj(), one.is_neg()) == (other.is_conj(), other.is_neg())
+    )
 
 
 def is_writable_in_place(tensor: torch.Tensor) -> bool:
@@ -88,7 +95,7 @@ def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
 def runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[tuple[torch.Tensor, int]]:
     """Views that together are the elements ``start`` to ``stop`` in row-major order, each with its first element's number.
 
-    A view is the whole range where the tensor is contiguous, else at most ``_RUN_BYTES`` long unless one row is longer.
+    A view is the whole range where the tensor is contiguous, else contiguous itself or at most ``_RUN_BYTES`` long.
     """
     if start >= stop:
         return
@@ -103,7 +110,7 @@ def runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[tuple[torch.Te
             yield tensor[first : min(first + step, stop)], first
         return
     row = tensor[0].numel()
-    step = max(1, _RUN_BYTES // (row * tensor.element_size()))
+    step = _RUN_BYTES // (row * tensor.element_size())
     position = start
     while position < stop:
         index, within = divmod(position, row)

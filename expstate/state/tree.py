@@ -25,14 +25,14 @@ from expstate.state import (
     subclass_codecs,
     torch_codecs,
 )
-from expstate.state.tensors import NAMES
+from expstate.state.tensors import NAMES, is_plain_memory, is_same_memory
 from expstate.state.values import NotPlainError, encode, is_long
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-class Container(msgspec.Struct, frozen=True):
+class Container(msgspec.Struct, frozen=True, gc=False):
     """A value stored as parts: the name of its codec, the codec's metadata, and the value itself."""
 
     path: str
@@ -41,7 +41,7 @@ class Container(msgspec.Struct, frozen=True):
     value: Any
 
 
-class Value(msgspec.Struct, frozen=True):
+class Value(msgspec.Struct, frozen=True, gc=False):
     """A plain value and its JSON form."""
 
     path: str
@@ -49,11 +49,12 @@ class Value(msgspec.Struct, frozen=True):
     encoded: Any
 
 
-class Array(msgspec.Struct, frozen=True):
+class Array(msgspec.Struct, frozen=True, gc=False):
     """A tensor, or a NumPy array seen as one.
 
     ``tensor`` is strided and holds the bytes; ``dtype`` and ``shape`` are those of ``value``, the object in the state (equal to the tensor's
-    but for NumPy dtypes that torch has not, which are bytes to torch). ``kind`` is ``tensor``, ``parameter`` or ``numpy``.
+    but for NumPy dtypes that torch has not, which are bytes to torch). ``kind`` is ``tensor``, ``parameter`` or ``numpy``. ``address`` is where the bytes
+    lie one after the other in host memory, or None if they do not.
     """
 
     path: str
@@ -63,9 +64,15 @@ class Array(msgspec.Struct, frozen=True):
     tensor: torch.Tensor
     value: Any
     requires_grad: bool = False
+    address: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return int(self.tensor.nbytes)
 
 
-class Alias(msgspec.Struct, frozen=True):
+class Alias(msgspec.Struct, frozen=True, gc=False):
     """A tensor tied to one that came before: the same memory, shape and strides."""
 
     path: str
@@ -73,7 +80,7 @@ class Alias(msgspec.Struct, frozen=True):
     value: Any
 
 
-class Object(msgspec.Struct, frozen=True):
+class Object(msgspec.Struct, frozen=True, gc=False):
     """A value that only ``torch.save`` can store."""
 
     path: str
@@ -91,7 +98,7 @@ class _Flattener:
     def __init__(self, *, allow_meta: bool) -> None:
         self.leaves: list[Leaf] = []
         self._allow_meta = allow_meta
-        self._tied: dict[tuple[Any, ...], str] = {}
+        self._at: dict[int, list[Array]] = {}
         self._open: set[int] = set()
 
     def add(self, path: str, value: Any) -> None:
@@ -112,24 +119,28 @@ class _Flattener:
         if self._add_parts(path, value):
             return
         if (array := numpy_arrays.as_tensor(value)) is not None:
-            self.leaves.append(Array(path, "numpy", value.dtype.str, tuple(value.shape), array, value))
+            at = array.data_ptr() if is_plain_memory(array) else None
+            self.leaves.append(Array(path, "numpy", value.dtype.str, tuple(value.shape), array, value, address=at))
         else:
             self._check_tensor(path, value)
             self.leaves.append(Object(path, value))
 
     def _add_tensor(self, path: str, tensor: torch.Tensor) -> None:
-        if tensor.device.type == "meta" and not self._allow_meta:
+        if tensor.is_meta and not self._allow_meta:
             self._fail(path, "is on the meta device and has no values; materialise the module before the take")
         shape = tuple(tensor.shape)
         address = tensor.data_ptr()
-        if address:
-            identity = (address, shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
-            first = self._tied.setdefault(identity, path)
-            if first is not path:
-                self.leaves.append(Alias(path, first, tensor))
+        before = self._at.setdefault(address, []) if address else []
+        for other in before:
+            if other.shape == shape and is_same_memory(other.tensor, tensor):
+                self.leaves.append(Alias(path, other.path, tensor))
                 return
         kind = "parameter" if type(tensor) is torch.nn.Parameter else "tensor"
-        self.leaves.append(Array(path, kind, NAMES[tensor.dtype], shape, tensor.detach(), tensor, tensor.requires_grad))
+        bare = tensor.detach() if tensor.requires_grad else tensor
+        at = address if is_plain_memory(tensor) else None
+        array = Array(path, kind, NAMES[tensor.dtype], shape, bare, tensor, tensor.requires_grad, at)
+        before.append(array)
+        self.leaves.append(array)
 
     def _add_parts(self, path: str, value: Any) -> bool:
         codec = packed.CODEC if is_long(value) else codecs.find(value)
