@@ -15,13 +15,13 @@ Examples
 
 from expstate import errors, settings
 from expstate._version import __version__
-from expstate.engine.collect import GcReport
+from expstate.engine.collect import GcReport, gc
 from expstate.engine.report import RestoreReport, VerifyReport
 from expstate.errors import ExpstateError, ExpstateWarning
 from expstate.pending import PendingSnapshot
 from expstate.progress import ProgressUpdate
-from expstate.snapshot import Snapshot, SnapshotMetadata, gc
-from expstate.state.stateful import RNGState, Stateful, StateDict
+from expstate.snapshot import Snapshot, SnapshotMetadata
+from expstate.state.stateful import RNGState, StateDict, Stateful
 
 __all__ = [
     "ExpstateError",

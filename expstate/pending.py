@@ -1,7 +1,7 @@
 """Takes in the background: ``PendingSnapshot`` is waited for, watched, cancelled or awaited.
 
-The thread behind it is not a daemon: an interpreter that exits finishes what it was promised to write. A failure that nobody asked for is logged, and
-warned of at exit.
+The thread behind it is not a daemon: an interpreter that exits finishes what it was promised to write. A failure that nobody
+asked for is logged, and warned of at exit.
 """
 
 from __future__ import annotations

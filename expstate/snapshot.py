@@ -1,4 +1,4 @@
-"""The face of the library: ``Snapshot`` takes, opens, restores, reads, verifies, copies and deletes; ``gc`` removes what dead takes left.
+"""The face of the library: ``Snapshot`` takes, opens, restores, reads, verifies, copies and deletes.
 
 Arguments are checked here, before anything is touched; the work is done by ``engine``.
 """
@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import datetime as dt
 import html
-import os
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from expstate import collector
-from expstate.engine import attempt, copy, fetch, memory, restore, verify
-from expstate.engine.collect import GcReport, collect, local_folders
+from expstate.engine import attempt, copy, describe, fetch, memory, restore, verify
 from expstate.engine.devices import check_device
 from expstate.engine.match import check_rename
 from expstate.engine.plan import RestoreOptions
 from expstate.engine.report import RestoreReport, VerifyReport, bytes_text
+from expstate.engine.request import globs, make_request
 from expstate.engine.source import SnapshotSource, find_key
 from expstate.engine.take import Take, TakeRequest, check_app_state, take_now
-from expstate.errors import EntryNotFoundError, InvalidArgumentError, NeedsTrustWarning, SnapshotNotFoundError
+from expstate.errors import EntryNotFoundError, ExpstateError, InvalidArgumentError, NeedsTrustWarning
 from expstate.format import manifest as manifests
-from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, Manifest, ObjectEntry, TensorEntry
-from expstate.format.metadata import make_metadata
+from expstate.format.manifest import AliasEntry, Entry, Manifest, TensorEntry
 from expstate.format.validate import validate
 from expstate.pending import PendingSnapshot
 from expstate.progress import ProgressOption, check_option
@@ -35,9 +31,13 @@ from expstate.state.values import decode
 from expstate.storage import registry
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping, Sequence
 
+    import torch
+
     from expstate.state.stateful import Stateful
+    from expstate.storage.base import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Snapshot:
 
     Examples
     --------
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> from expstate import Snapshot
     >>> folder = tempfile.TemporaryDirectory()
     >>> model = torch.nn.Linear(2, 1)
@@ -185,8 +185,21 @@ class Snapshot:
         NeedsTrustWarning
             If objects were stored that only ``trust=True`` will bring back.
         """
-        request = _request(
-            path, app_state, pg, replicated, storage_options, name, tags, params, metrics, note, step, overwrite, memory_budget_bytes, progress
+        request = make_request(
+            path,
+            app_state,
+            pg,
+            replicated,
+            storage_options,
+            name,
+            tags,
+            params,
+            metrics,
+            note,
+            step,
+            overwrite,
+            memory_budget_bytes,
+            progress,
         )
         take, manifest, data = take_now(request)
         _warn_of_trust(take)
@@ -213,17 +226,30 @@ class Snapshot:
     ) -> PendingSnapshot:
         """Take a snapshot in the background; returns when the state is captured, so that the training may go on.
 
-        What is taken is the state at the moment of the return, for tensors on the CPU too. The state is copied within the memory budget; what does not
-        fit is written before the return. Parameters, errors and warnings are those of ``take``; errors of the part in the background are raised by
-        ``wait()``.
+        What is taken is the state at the moment of the return, for tensors on the CPU too. The state is copied within the memory
+        budget; what does not fit is written before the return. Parameters, errors and warnings are those of ``take``; errors of
+        the part in the background are raised by ``wait()``.
 
         Returns
         -------
         PendingSnapshot
             To wait for.
         """
-        request = _request(
-            path, app_state, pg, replicated, storage_options, name, tags, params, metrics, note, step, overwrite, memory_budget_bytes, progress
+        request = make_request(
+            path,
+            app_state,
+            pg,
+            replicated,
+            storage_options,
+            name,
+            tags,
+            params,
+            metrics,
+            note,
+            step,
+            overwrite,
+            memory_budget_bytes,
+            progress,
         )
         take = Take(request)
         try:
@@ -239,8 +265,8 @@ class Snapshot:
     @classmethod
     def _opened(cls, request: TakeRequest, manifest: Manifest, data: bytes) -> Snapshot:
         snapshot = cls.__new__(cls)
-        snapshot._storage = request.storage
-        snapshot._loaded = (SnapshotSource(request.storage, manifest, data), data)
+        snapshot._storage = request.storage  # noqa: SLF001 - this class's own
+        snapshot._loaded = (SnapshotSource(request.storage, manifest, data), data)  # noqa: SLF001
         return snapshot
 
     # What is in it
@@ -252,10 +278,7 @@ class Snapshot:
 
     def _load(self) -> tuple[SnapshotSource, bytes]:
         if self._loaded is None:
-            with collector.paused():
-                manifest, data = attempt.read_manifest(self._storage)
-                validate(manifest)
-            self._loaded = (SnapshotSource(self._storage, manifest, data), data)
+            self._loaded = _read_source(self._storage)
         return self._loaded
 
     @property
@@ -342,7 +365,13 @@ class Snapshot:
     # Reading
 
     def get_state_dict_for_key(
-        self, key: str, *, device: torch.device | str | None = None, trust: bool = False, verify: bool = True, memory_budget_bytes: int | None = None
+        self,
+        key: str,
+        *,
+        device: torch.device | str | None = None,
+        trust: bool = False,
+        verify: bool = True,
+        memory_budget_bytes: int | None = None,
     ) -> Any:
         """The state dict of one key, in new memory.
 
@@ -497,8 +526,8 @@ class Snapshot:
         check_rename(rename)
         check_option(progress)
         options = RestoreOptions(
-            include=None if include is None else _globs(include, "include"),
-            exclude=_globs(exclude or (), "exclude"),
+            include=None if include is None else globs(include, "include"),
+            exclude=globs(exclude or (), "exclude"),
             rename=dict(rename or {}),
             strict=strict,
             cast=cast,
@@ -527,9 +556,8 @@ class Snapshot:
         """
         check_option(progress)
         # From the storage, and not what was read before: that is what is in question.
-        fresh = Snapshot.__new__(Snapshot)
-        fresh._storage, fresh._loaded = self._storage, None
-        return verify.verify(fresh._source, budget=memory.budget_bytes(memory_budget_bytes), progress=progress)
+        source, _ = _read_source(self._storage)
+        return verify.verify(source, budget=memory.budget_bytes(memory_budget_bytes), progress=progress)
 
     def delete(self) -> None:
         """Remove the snapshot: at once invisible, then its files one by one by name. Other files in the folder stay.
@@ -587,48 +615,17 @@ class Snapshot:
 
     def _repr_html_(self) -> str:
         try:
-            rows = _summary(self.manifest)
-        except (SnapshotNotFoundError, ValueError, OSError) as error:
+            manifest = self.manifest
+        except (ExpstateError, OSError) as error:
             return f"<b>{html.escape(self.path)}</b><br>{html.escape(str(error))}"
-        cells = "".join(
-            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
-        )
-        about = self.metadata
-        title = about.name or about.id[:8]
-        facts = [about.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"), bytes_text(self.nbytes), *(f"{name} {value}" for name, value in about.metrics.items())]
-        if about.step is not None:
-            facts.insert(0, f"step {about.step}")
-        return (
-            f"<b>{html.escape(title)}</b> <code>{html.escape(self.path)}</code><br>{html.escape(' · '.join(facts))}"
-            f"<table><tr><th>key</th><th>class</th><th>tensors</th><th>size</th></tr>{cells}</table>"
-        )
+        return describe.as_html(self.path, manifest, self.nbytes)
 
 
-def gc(path: str | os.PathLike[str], *, dry_run: bool = False) -> GcReport:
-    """Remove what takes, copies and deletions left in a folder, and in those below it, when their process died.
-
-    Only files of attempts that are provably dead are removed: their process on this machine is gone, or they gave no sign for 24 hours.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        A snapshot's folder, or one with snapshots below it.
-    dry_run : bool, default False
-        Only report what would be removed.
-
-    Returns
-    -------
-    GcReport
-        What was removed and what was left alone.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     gc(folder).removed
-    ()
-    """
-    return collect(local_folders(registry.open_storage(path).url), dry_run=dry_run)
+def _read_source(storage: Storage) -> tuple[SnapshotSource, bytes]:
+    with collector.paused():
+        manifest, data = attempt.read_manifest(storage)
+        validate(manifest)
+    return SnapshotSource(storage, manifest, data), data
 
 
 def _time(text: str) -> dt.datetime:
@@ -636,57 +633,6 @@ def _time(text: str) -> dt.datetime:
         return dt.datetime.fromisoformat(text)
     except ValueError:
         return dt.datetime.fromtimestamp(0, dt.timezone.utc)
-
-
-def _globs(globs: str | Sequence[str], what: str) -> tuple[str, ...]:
-    found = (globs,) if isinstance(globs, str) else tuple(globs)
-    if not all(isinstance(glob, str) and glob for glob in found):
-        msg = f"{what} must be globs on entry paths, got {globs!r}"
-        raise InvalidArgumentError(msg)
-    return found
-
-
-def _request(
-    path: str | os.PathLike[str],
-    app_state: dict[str, Stateful],
-    pg: Any,
-    replicated: Sequence[str] | None,
-    storage_options: Mapping[str, Any] | None,
-    name: str | None,
-    tags: Iterable[str],
-    params: Mapping[str, Any] | None,
-    metrics: Mapping[str, Any] | None,
-    note: str | None,
-    step: int | None,
-    overwrite: bool,  # noqa: FBT001 - passed on as it came
-    memory_budget_bytes: int | None,
-    progress: ProgressOption,
-) -> TakeRequest:
-    """Check everything that was given to a take."""
-    check_app_state(app_state)
-    check_option(progress)
-    provenance: dict[str, Any] = {}
-    if replicated is not None:
-        provenance["replicated"] = list(_globs(replicated, "replicated"))
-    _check_process_group(pg)
-    return TakeRequest(
-        storage=registry.open_storage(path, storage_options),
-        app_state=dict(app_state),
-        metadata=make_metadata(name=name, tags=tags, params=params, metrics=metrics, note=note, step=step),
-        provenance=provenance,
-        overwrite=overwrite,
-        memory_budget_bytes=memory.budget_bytes(memory_budget_bytes),
-        progress=progress,
-    )
-
-
-def _check_process_group(pg: Any) -> None:
-    if not torch.distributed.is_available() or not (pg is not None or torch.distributed.is_initialized()):
-        return
-    size = pg.size() if hasattr(pg, "size") else torch.distributed.get_world_size()
-    if size > 1:
-        msg = f"this version takes snapshots of one process, and the process group has {size}; take on one rank, to a path of its own"
-        raise InvalidArgumentError(msg)
 
 
 def _warn_of_trust(take: Take) -> None:
@@ -698,16 +644,3 @@ def _warn_of_trust(take: Take) -> None:
             NeedsTrustWarning,
             stacklevel=3,
         )
-
-
-def _summary(manifest: Manifest) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for record in manifest.keys:
-        root = paths.quote(record.key)
-        entries = [entry for entry in manifest.entries if entry.path == root or entry.path.startswith(f"{root}/")]
-        tensors = sum(isinstance(entry, TensorEntry) for entry in entries)
-        others = sum(not isinstance(entry, (TensorEntry, ContainerEntry, AliasEntry)) for entry in entries)
-        nbytes = sum(entry.nbytes for entry in entries if isinstance(entry, (TensorEntry, ObjectEntry)))
-        count = f"{tensors:,}" if tensors or not others else f"{others:,} values"
-        rows.append((record.key, record.type.rpartition(".")[2], count, bytes_text(nbytes)))
-    return rows

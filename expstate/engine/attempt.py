@@ -1,7 +1,7 @@
 """One try to put a snapshot in place: the lease that says it is alive, the commit, and the clean-up of what did not get there.
 
-An attempt's files carry its id in their names, so that clean-up never touches another's. The manifest is created last and exclusively; from then
-on the snapshot exists, and nothing here removes its files.
+An attempt's files carry its id in their names, so that clean-up never touches another's. The manifest is created last and
+exclusively; from then on the snapshot exists, and nothing here removes its files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -60,7 +61,7 @@ def boot_id() -> str | None:
 def process_namespace() -> str | None:
     """What tells the process ids of one container from those of another."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return None
 
@@ -76,8 +77,8 @@ def start_time(pid: int) -> int | None:
 def is_dead(lease: Lease, modified_at: float, now: float) -> bool:
     """Whether nobody is at work under this lease any more.
 
-    A process of this boot and namespace is looked for, however old the lease is; any other counts as dead when the lease was not renewed for
-    ``LEASE_SECONDS`` by the storage's clock.
+    A process of this boot and namespace is looked for, however old the lease is; any other counts as dead when the lease was not
+    renewed for ``LEASE_SECONDS`` by the storage's clock.
     """
     boot = boot_id()
     if boot is not None and (lease.boot, lease.namespace) == (boot, process_namespace()):
@@ -146,7 +147,15 @@ class Attempt:
     def _lease(self) -> bytes:
         pid = os.getpid()
         lease = Lease(
-            self.id, self._action, socket.gethostname(), boot_id(), process_namespace(), pid, start_time(pid), time.time(), self._lease_files
+            self.id,
+            self._action,
+            socket.gethostname(),
+            boot_id(),
+            process_namespace(),
+            pid,
+            start_time(pid),
+            time.time(),
+            self._lease_files,
         )
         return msgspec.json.encode(lease)
 
@@ -182,7 +191,9 @@ class Attempt:
         try:
             self._storage.create(self._lease_name, self._lease(), token=self.token)
         except FileExistsError:
-            msg = f"another process is at work on snapshot {self.token} at {self._storage.url!r}, or was: expstate.gc() removes what it left"
+            msg = (
+                f"another process is at work on snapshot {self.token} at {self._storage.url!r}, or was: expstate.gc() removes what it left"
+            )
             raise SnapshotExistsError(msg) from None
         self._holds_lease = True
         self._renewed = time.monotonic()
@@ -237,7 +248,7 @@ class Attempt:
         self.committed = True
 
     def finish(self) -> None:
-        """After the commit: remove the files of the snapshot that was replaced, then the lease. A failure leaves work for ``gc`` and no more."""
+        """Remove the files of the snapshot that was replaced, then the lease; what fails here is left to ``gc``."""
         with contextlib.suppress(ExpstateError, OSError):
             if self._lease_files and self._action != "delete":
                 kept = set(_files_of(read_committed(self._storage)))

@@ -1,7 +1,7 @@
 """Garbage collection: what takes, copies and deletions left behind when their process died.
 
-Only folders with a dead lease are touched, and in them only files that carry the lease's attempt in their names or that the lease names, and that no
-manifest there needs. Where a manifest is damaged, nothing is touched.
+Only folders with a dead lease are touched, and in them only files that carry the lease's attempt in their names or that the lease
+names, and that no manifest there needs. Where a manifest is damaged, nothing is touched.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from expstate.engine.attempt import decode_lease, is_dead
 from expstate.errors import ExpstateError, SnapshotNotFoundError, UnsafePathError
 from expstate.format import manifest as manifests
 from expstate.format import names
+from expstate.storage import registry
 from expstate.storage.local import LocalStorage
 
 if TYPE_CHECKING:
@@ -144,3 +145,30 @@ def local_folders(root: str) -> Iterator[Storage]:
     for folder, _, files in os.walk(root):
         if any(names.attempt_of_lease(name) for name in files):
             yield LocalStorage(folder)
+
+
+def gc(path: str | os.PathLike[str], *, dry_run: bool = False) -> GcReport:
+    """Remove what takes, copies and deletions left in a folder, and in those below it, when their process died.
+
+    Only files of attempts that are provably dead are removed: their process on this machine is gone, or they gave no sign for 24 hours.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        A snapshot's folder, or one with snapshots below it.
+    dry_run : bool, default False
+        Only report what would be removed.
+
+    Returns
+    -------
+    GcReport
+        What was removed and what was left alone.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     gc(folder).removed
+    ()
+    """
+    return collect(local_folders(registry.open_storage(path).url), dry_run=dry_run)

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 
 
+class _End:
+    """Comes after the last job."""
+
+
+_END = _End()
+
+
 class StoppedError(Exception):
     """Raised inside a job to leave it because the crew was told to stop; never seen outside the engine."""
 
@@ -74,10 +81,10 @@ class Crew(Generic[Job]):
         try:
             while not self._stop.is_set():
                 with self._lock:
-                    job = next(self._jobs, self)
-                if job is self:
+                    job = next(self._jobs, _END)
+                if isinstance(job, _End):
                     break
-                self._work(job)  # type: ignore[arg-type] - not the end mark
+                self._work(job)
         except BaseException as error:  # noqa: BLE001 - raised again by wait()
             self._stop.set(error)
         finally:
@@ -95,7 +102,7 @@ class Crew(Generic[Job]):
             self._done.wait()
             raise
         if self._stop.error is not None:
-                raise self._stop.error
+            raise self._stop.error
         self._stop.check()
 
     def join(self) -> None:

@@ -1,4 +1,7 @@
-"""Digests of blocks and boxes. A block's is the BLAKE3 of its bytes; a box's that of its block, or of its blocks' digests if it has several."""
+"""Digests of blocks and boxes.
+
+A block's digest is the BLAKE3 of its bytes; a box's is that of its block, or the BLAKE3 of its blocks' digests if it has several.
+"""
 
 from __future__ import annotations
 

@@ -139,11 +139,8 @@ def read_tensor(
     else:
         value, tensor = out, _checked_out(resolved, out, shape)
     with source.opened(source.files_of([resolved])):
-        if span is None:
-            reads = list(source.reads(resolved, tensor))
-        else:
-            reads = list(source.row_reads(resolved, span, tensor))
-        read_all(source, reads, budget, verify=verify)
+        reads = source.reads(resolved, tensor) if span is None else source.row_reads(resolved, span, tensor)
+        read_all(source, list(reads), budget, verify=verify)
     return value
 
 
@@ -167,16 +164,21 @@ def _rows(entry: TensorEntry, rows: slice | None) -> range | None:
 def _checked_out(entry: TensorEntry, out: Any, shape: tuple[int, ...]) -> torch.Tensor:
     if entry.kind == "numpy":
         array = numpy_arrays.as_tensor(out)
-        if array is not None and out.dtype.str == entry.dtype and tuple(out.shape) == shape and out.flags.c_contiguous and out.flags.writeable:
+        if (
+            array is not None
+            and out.dtype.str == entry.dtype
+            and tuple(out.shape) == shape
+            and out.flags.c_contiguous
+            and out.flags.writeable
+        ):
             return array
         problem = "a contiguous, writable array"
+    elif isinstance(out, torch.Tensor) and tensors.NAMES.get(out.dtype) == entry.dtype and tuple(out.shape) == shape:
+        if tensors.is_writable_in_place(out) and out.device.type != "meta":
+            return out.detach()
+        problem = "a tensor whose elements have memory of their own"
     else:
-        if isinstance(out, torch.Tensor) and tensors.NAMES.get(out.dtype) == entry.dtype and tuple(out.shape) == shape:
-            if tensors.is_writable_in_place(out) and out.device.type != "meta":
-                return out.detach()
-            problem = "a tensor whose elements have memory of their own"
-        else:
-            problem = "a tensor"
+        problem = "a tensor"
     found = f"{getattr(out, 'dtype', type(out).__name__)} {tuple(getattr(out, 'shape', ()))}"
     msg = f"entry {entry.path!r} needs {problem} of dtype {entry.dtype} and shape {shape} to be read into, got {found}"
     raise RestoreMismatchError(msg)

@@ -1,7 +1,7 @@
 """Which live name an entry of the snapshot belongs to: renames, and wrappers that put a prefix before a module's names.
 
-Names are those below a key, as the state dict has them. ``module.`` (DistributedDataParallel) and ``_orig_mod.`` (torch.compile) are looked through on
-either side where the names do not match as they are.
+Names are those below a key, as the state dict has them. ``module.`` (DistributedDataParallel) and ``_orig_mod.`` (torch.compile)
+are looked through on either side where the names do not match as they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Staging memory: how much may be used, and buffers that stay warm from one take to the next.
 
-``budget_bytes`` works out the budget. ``Staging`` lends an operation its buffers within it and waits when all are in use; idle buffers are kept
-by one pool of the process and given back to the system after a while.
+``budget_bytes`` works out the budget. ``Staging`` lends an operation its buffers within it and waits when all are in use; idle
+buffers are kept by one pool of the process and given back to the system after a while.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Buffer:
         self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._map))
         self.view = memoryview(self._map)
         if pinned_for == "cuda":
-            # cudaHostRegister on our own pages, and not torch's pinned allocator, which rounds sizes up to powers of two and keeps what it has.
+            # Our own pages are pinned: torch's pinned allocator rounds sizes up to powers of two and keeps what it has.
             self._registered = int(torch.cuda.cudart().cudaHostRegister(self.address, size, 0)) == 0
 
     @property
@@ -207,14 +207,18 @@ class _Pool:
         if self._uses == uses:
             self.trim(0)
 
-    def forget(self) -> None:
-        """In a forked child: the parent's timer and lock do not exist here, and its pinned memory is not ours to unpin."""
-        self.__init__()  # type: ignore[misc] - the same object, which modules hold
-
 
 _pool = _Pool()
+
+
+def _forget_pool() -> None:
+    # In a forked child the parent's timer does not run, its lock may be held for ever, and its pinned memory is not ours to unpin.
+    global _pool  # noqa: PLW0603 - one for the process
+    _pool = _Pool()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.forget)
+    os.register_at_fork(after_in_child=_forget_pool)
 
 
 class Staging:

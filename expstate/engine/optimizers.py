@@ -19,7 +19,20 @@ if TYPE_CHECKING:
 
 # State that has its parameter's shape, in the optimizers of torch.
 _PARAMETER_SHAPED = frozenset(
-    "exp_avg exp_avg_sq max_exp_avg_sq exp_inf momentum_buffer square_avg grad_avg acc_delta sum prev step_size ax".split()
+    {
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "momentum_buffer",
+        "square_avg",
+        "grad_avg",
+        "acc_delta",
+        "sum",
+        "prev",
+        "step_size",
+        "ax",
+    }
 )
 
 

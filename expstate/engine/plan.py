@@ -1,7 +1,8 @@
 """The plan of a restore: what goes where, and everything that stands in the way, found before a live byte changes.
 
-``plan_key`` matches the entries of one key with the live state of its stateful and gives a ``KeyPlan``: the parts to build the new state dict from, with
-a ``Placement`` for each tensor that must be read, into live memory or new. Problems are collected, not raised.
+``plan_key`` matches the entries of one key with the live state of its stateful and gives a ``KeyPlan``: the parts to build the
+new state dict from, with a ``Placement`` for each tensor that must be read, into live memory or new. Problems are collected, not
+raised.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class RestoreOptions:
 
 @dataclass(slots=True)
 class Placement:
-    """A tensor or array to read: the entry (aliases resolved), the path it takes, and the live one it is read into, or where to make a new one."""
+    """A tensor or array to read: the entry (aliases resolved), and the live one to read it into or where to make a new one."""
 
     path: str
     stored_path: str
@@ -61,7 +62,8 @@ class Placement:
 class KeyPlan:
     """How one key comes back.
 
-    ``items`` are, in order, paths with a container entry, a ``Placement``, an ``ObjectEntry`` still to be decoded, or a finished value in a one-tuple.
+    ``items`` are, in order, paths with a container entry, a ``Placement``, an ``ObjectEntry`` still to be decoded, or a finished
+    value in a one-tuple.
     """
 
     key: str
@@ -76,7 +78,6 @@ class KeyPlan:
     problems: list[str] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
     is_full: bool = True
-
 
 
 class _KeyPlanner:
@@ -185,7 +186,9 @@ class _KeyPlanner:
         plan.live_values[path] = live.value
         if is_partial and not (self._is_module and path == self._root):
             if live.type != entry.type:
-                plan.problems.append(f"entry {entry.path!r} is a {entry.type} in the snapshot and a {live.type} live: it cannot be restored in part")
+                plan.problems.append(
+                    f"entry {entry.path!r} is a {entry.type} in the snapshot and a {live.type} live: it cannot be restored in part"
+                )
             plan.kept[path] = tree.Part(path, entry.type, entry.meta, live.value)
 
     def _fits(self, entry: ContainerEntry, path: str) -> bool:
@@ -231,7 +234,9 @@ class _KeyPlanner:
             return None
         if not _is_in_place(leaf):
             if self._is_module:
-                self._plan.problems.append(f"entry {stored_path!r}: the live tensor's elements share memory, so values cannot be read into it")
+                self._plan.problems.append(
+                    f"entry {stored_path!r}: the live tensor's elements share memory, so values cannot be read into it"
+                )
             return None
         return leaf
 

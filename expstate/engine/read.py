@@ -1,13 +1,14 @@
 """Storage to tensors: pieces read by several threads, verified block by block, and put where they belong.
 
-Gets reads (bytes of a box and where they go) and open files; calls back when the reads of a target are done. What is in the page cache already is read
-straight into its place, the rest by direct I/O through aligned buffers; a target may also be none, to verify only.
+Gets reads (bytes of a box and where they go) and open files; calls back when the reads of a target are done. What is in the page
+cache already is read straight into its place, the rest by direct I/O through aligned buffers; a target may also be none, to
+verify only.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from blake3 import blake3
@@ -57,8 +58,8 @@ class Target:
 class Read(msgspec.Struct, frozen=True, gc=False):
     """Whole blocks of a box to read.
 
-    ``offset`` and ``nbytes`` say where they lie in ``file``, ``digests`` what they are. Of these, the bytes from ``first`` to ``last`` go to ``target``, where they begin
-    at byte ``at`` of its stored form.
+    ``offset`` and ``nbytes`` say where they lie in ``file``, ``digests`` what they are. Of these, the bytes from ``first`` to
+    ``last`` go to ``target``, where they begin at byte ``at`` of its stored form.
     """
 
     path: str
@@ -109,7 +110,17 @@ def _pieces(read: Read, window_bytes: int) -> Iterable[Read]:
         block = start // BLOCK_BYTES * DIGEST_BYTES
         digests = read.digests[block : block + -(-nbytes // BLOCK_BYTES) * DIGEST_BYTES]
         wanted = max(first, min(last, start + nbytes))
-        yield Read(read.path, read.file, read.offset + start, nbytes, digests, read.target, first - start, wanted - start, read.at + first - read.first)
+        yield Read(
+            read.path,
+            read.file,
+            read.offset + start,
+            nbytes,
+            digests,
+            read.target,
+            first - start,
+            wanted - start,
+            read.at + first - read.first,
+        )
 
 
 def windows(reads: Iterable[Read], window_bytes: int) -> list[list[Read]]:
@@ -241,9 +252,9 @@ class PieceReader:
                 if read.target is not None and read.last > read.first:
                     events += self._put(read, read.target, buffer, at + read.first)
             for event in events:
-                event.synchronize()  # type: ignore[attr-defined] - events of any accelerator
+                event.synchronize()
 
-    def _put(self, read: Read, target: Target, buffer: Buffer, at: int) -> list[object]:
+    def _put(self, read: Read, target: Target, buffer: Buffer, at: int) -> list[Any]:
         stop = read.at + read.last - read.first
         if target.address is not None:
             tensors.move_memory(target.address + read.at, buffer.address + at, stop - read.at)

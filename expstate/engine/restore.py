@@ -171,7 +171,8 @@ class _Restore:
     def _interrupted(self, error: BaseException) -> RestoreInterruptedError:
         unfinished = self._reader.unfinished() if self._reader is not None else set()
         loaded = {id(plan) for plan in self._loaded}
-        applied, unapplied = [], []
+        applied: list[str] = []
+        unapplied: list[str] = []
         for plan in self._plans:
             in_place = {
                 item.stored_path
@@ -272,7 +273,7 @@ def _load(plan: KeyPlan, *, strict: bool) -> None:
         elif isinstance(item, Placement):
             parts.append(tree.Part(path, None, None, item.value))
         else:
-            parts.append(tree.Part(path, None, None, item[0]))  # type: ignore[index] - objects are decoded by now
+            parts.append(tree.Part(path, None, None, item[0]))  # type: ignore[index]
     state = tree.build(parts, plan.live_values, plan.kept)
     if isinstance(plan.stateful, torch.nn.Module):
         _load_module(plan.stateful, state, plan, strict=strict)

@@ -92,7 +92,9 @@ class SnapshotSource:
             return Damage("", record.name, 0, record.size, "the file is missing")
         self.files[number] = file
         if file.size != record.size:
-            return Damage("", record.name, min(file.size, record.size), record.size, f"it has {file.size:,} bytes and should have {record.size:,}")
+            return Damage(
+                "", record.name, min(file.size, record.size), record.size, f"it has {file.size:,} bytes and should have {record.size:,}"
+            )
         return None
 
     # Digests

@@ -1,7 +1,7 @@
 """A take from beginning to end: state gathered and flattened, laid out, moved, committed.
 
-``Take`` does it in three steps, so that a caller can go on between them: ``gather`` looks at the state, ``write`` (or ``stage`` and later ``write_staged``) moves it,
-``commit`` makes it exist. Whatever goes wrong, ``abort`` leaves the place as it was.
+``Take`` does it in three steps, so that a caller can go on between them: ``gather`` looks at the state, ``write`` (or ``stage``
+and later ``write_staged``) moves it, ``commit`` makes it exist. Whatever goes wrong, ``abort`` leaves the place as it was.
 """
 
 from __future__ import annotations
@@ -302,8 +302,10 @@ class Take:
         if kind is tree.Alias:
             return AliasEntry(path, leaf.target)  # type: ignore[union-attr]
         pickled = self._objects[path]
-        kind = type(leaf.value)  # type: ignore[union-attr] - what is left is an object
-        return ObjectEntry(path, f"{kind.__module__}.{kind.__qualname__}", len(pickled.data), pickled.needs_trust, tuple(boxes[self._number_of[path]]))
+        kind = type(leaf.value)
+        return ObjectEntry(
+            path, f"{kind.__module__}.{kind.__qualname__}", len(pickled.data), pickled.needs_trust, tuple(boxes[self._number_of[path]])
+        )
 
     # Ending
 

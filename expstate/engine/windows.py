@@ -1,7 +1,7 @@
 """Files cut into windows: what one staging buffer holds and one system call moves.
 
-A window is a run of pieces that follow each other in a data file. Where the storage wants aligned writes, a window writes whole pages: the page
-that two windows share is written by the second, which stages the few bytes before its own once more.
+A window is a run of pieces that follow each other in a data file. Where the storage wants aligned writes, a window writes whole
+pages: the page that two windows share is written by the second, which stages the few bytes before its own once more.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Fragment(msgspec.Struct, frozen=True, gc=False):
 class WriteWindow(msgspec.Struct, frozen=True):
     """A stretch of a data file to stage and write.
 
-    The buffer's first byte is the file's byte ``start``; ``fragments`` follow each other from there without holes. ``stop`` is the end of what is
-    written; what is staged may go on to ``staged_stop``.
+    The buffer's first byte is the file's byte ``start``; ``fragments`` follow each other from there without holes. ``stop`` is
+    the end of what is written; what is staged may go on to ``staged_stop``.
     """
 
     file: int

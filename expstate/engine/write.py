@@ -1,7 +1,8 @@
 """Tensors to storage: windows staged, digested and written by several threads.
 
 Gets data files laid out and the tensors they hold; hands on the digests of every block. ``write_now`` stages and writes window by window;
-``stage_all`` copies everything first (or as far as the budget goes), so that the caller may change the tensors while the rest happens behind it.
+``stage_all`` copies everything first (or as far as the budget goes), so that the caller may change the tensors while the rest
+happens behind it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -49,7 +50,7 @@ class _Staged:
 
     window: WriteWindow
     buffer: Buffer
-    events: tuple[object, ...]
+    events: tuple[Any, ...]
 
 
 class FilesWriter:
@@ -111,10 +112,10 @@ class FilesWriter:
 
     # Staging
 
-    def _stage(self, window: WriteWindow, buffer: Buffer, *, digest: bool) -> tuple[object, ...]:
+    def _stage(self, window: WriteWindow, buffer: Buffer, *, digest: bool) -> tuple[Any, ...]:
         boxes = self._open[window.file].file.boxes
         digests = self.digests[window.file]
-        events: list[object] = []
+        events: list[Any] = []
         for item in window.fragments:
             number, start = item.box, item.start
             nbytes = item.stop - start
@@ -133,7 +134,7 @@ class FilesWriter:
                 _move_and_digest(address + first, buffer, at, nbytes, digests[number], start // BLOCK_BYTES * DIGEST_BYTES)
         return tuple(events)
 
-    def _copy(self, tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, at: int) -> list[object]:
+    def _copy(self, tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, at: int) -> list[Any]:
         if tensor.is_cpu:
             tensors.copy_out(tensor, start, stop, buffer.address + at)
             return []
@@ -191,7 +192,7 @@ class FilesWriter:
         def work(window: WriteWindow) -> None:
             with self._staging.lend(self._stop) as buffer:
                 for event in self._stage(window, buffer, digest=True):
-                    event.synchronize()  # type: ignore[attr-defined] - events of any accelerator
+                    event.synchronize()
                 self._digest_staged(window, buffer, plain=False)
                 self._write(window, buffer)
 
@@ -208,7 +209,7 @@ class FilesWriter:
         def behind(item: _Staged) -> None:
             try:
                 for event in item.events:
-                    event.synchronize()  # type: ignore[attr-defined] - events of any accelerator
+                    event.synchronize()
                 self._digest_staged(item.window, item.buffer, plain=True)
                 self._write(item.window, item.buffer)
             finally:
@@ -230,11 +231,11 @@ class FilesWriter:
             if fits:
                 waiting.extend(item.events)
 
-        waiting: list[object] = []
+        waiting: list[Any] = []
         try:
             crew.run(self._windows, ahead, self._threads, self._stop)
             for event in waiting:
-                event.synchronize()  # type: ignore[attr-defined] - events of any accelerator
+                event.synchronize()
             self._streams.join()
             self._sources = ()  # live state is not kept alive by a take that is still being written
         finally:

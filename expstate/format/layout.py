@@ -147,7 +147,7 @@ def lay_out(
         alias = file_name_of(path, taken)
         taken[alias] = None
         metadata[alias] = by_path[target]
-    files = []
+    files: list[DataFile] = []
     for group in _group(boxes, name_of, target_bytes):
         header = _header(group, sources, name_of, {} if files else metadata)
         for box in group:

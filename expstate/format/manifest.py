@@ -24,6 +24,8 @@ FEATURES: frozenset[str] = frozenset()
 
 BLOCK_BYTES = MIB
 DIGEST_BYTES = 32
+LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header in so many bytes."""
 INLINE_BLOCKS = 64
 """A box with more blocks keeps their digests in a file instead of the manifest."""
 
@@ -252,4 +254,3 @@ def decode(data: bytes) -> Manifest:
         msg = f"the snapshot needs {', '.join(sorted(unknown))!r}, which this version does not know; upgrade expstate"
         raise UnsupportedFormatError(msg)
     return manifest
-

@@ -96,7 +96,9 @@ def _plain(what: str, value: Any) -> Any:
 def number(what: str, value: Any) -> Any:
     """A metric in the manifest's form; ``InvalidMetadataError`` if it is no number."""
     np = sys.modules.get("numpy")
-    if (isinstance(value, torch.Tensor) and value.dim() == 0) or (np is not None and isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0):
+    if (isinstance(value, torch.Tensor) and value.dim() == 0) or (
+        np is not None and isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0
+    ):
         value = value.item()
     if isinstance(value, (int, float)):
         return encode(float(value) if isinstance(value, float) else int(value))

@@ -15,6 +15,7 @@ from expstate.format.manifest import (
     BLOCK_BYTES,
     DIGEST_BYTES,
     INLINE_BLOCKS,
+    LENGTH_BYTES,
     MAX_ENTRIES,
     AliasEntry,
     Box,
@@ -75,13 +76,13 @@ def _check_files(manifest: Manifest) -> None:
             msg = f"the manifest names file {record.name!r} twice"
             raise ManifestError(msg)
         seen.add(record.name.casefold())
-        if not 8 <= record.header_bytes <= record.size <= _MAX_FILE_BYTES or len(record.header_digest) != DIGEST_BYTES:
+        if not LENGTH_BYTES <= record.header_bytes <= record.size <= _MAX_FILE_BYTES or len(record.header_digest) != DIGEST_BYTES:
             msg = f"the record of file {record.name!r} is not possible"
             raise ManifestError(msg)
 
 
 def _check_paths(manifest: Manifest) -> None:
-    """Each path once, each below a container; aliases name a tensor of the same key that came before."""
+    """Each path once, each below a container, each key with a state."""
     kinds: dict[str, type] = {}
     keys = {paths.quote(record.key) for record in manifest.keys}
     for entry in manifest.entries:
@@ -89,24 +90,24 @@ def _check_paths(manifest: Manifest) -> None:
         if path in kinds:
             _fail(path, "is there twice")
         above, _, name = path.rpartition("/")
-        if above:
-            if kinds.get(above) is not ContainerEntry:
-                _fail(path, "is not inside a container")
-            if not name:
-                _fail(path, "has no name")
-        elif path not in keys:
+        if not above and path not in keys:
             _fail(path, "is not one of the keys")
-        kind = type(entry)
-        kinds[path] = kind
-        if kind is AliasEntry:
-            target = entry.target  # type: ignore[union-attr] - its type was just compared
-            if kinds.get(target) is not TensorEntry or target.partition("/")[0] != path.partition("/")[0]:
-                _fail(path, "is tied to something that is no tensor of this key")
-        elif kind is ContainerEntry:
-            codecs.by_name(entry.type)  # type: ignore[union-attr] - its type was just compared
+        if above and (not name or kinds.get(above) is not ContainerEntry):
+            _fail(path, "is not inside a container, or has no name")
+        kinds[path] = type(entry)
+        if isinstance(entry, AliasEntry):
+            _check_alias(entry, kinds)
+        elif isinstance(entry, ContainerEntry):
+            codecs.by_name(entry.type)
     missing = keys - kinds.keys()
     if missing:
         _fail(min(missing), "is a key without a state")
+
+
+def _check_alias(entry: AliasEntry, kinds: dict[str, type]) -> None:
+    """An alias names a tensor of the same key that came before it."""
+    if kinds.get(entry.target) is not TensorEntry or entry.target.partition("/")[0] != entry.path.partition("/")[0]:
+        _fail(entry.path, "is tied to something that is no tensor of this key")
 
 
 def _check_tensor(entry: TensorEntry, manifest: Manifest, spans: list[Span]) -> None:
@@ -140,7 +141,11 @@ def _check_tensor(entry: TensorEntry, manifest: Manifest, spans: list[Span]) -> 
 def _check_odd_shape(entry: TensorEntry, itemsize: int) -> None:
     """Shapes without elements, whose other sizes still must not overflow, and those with too many or negative sizes."""
     shape = entry.shape
-    if len(shape) > _MAX_DIMENSIONS or (shape and min(shape) < 0) or math.prod(max(size, 1) for size in shape) * itemsize > _MAX_TENSOR_BYTES:
+    if (
+        len(shape) > _MAX_DIMENSIONS
+        or (shape and min(shape) < 0)
+        or math.prod(max(size, 1) for size in shape) * itemsize > _MAX_TENSOR_BYTES
+    ):
         _fail(entry.path, f"has a shape that is not possible: {shape[:8]}")
 
 

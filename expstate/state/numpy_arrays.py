@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+_LARGEST_ITEM = 8  # of the real dtypes that torch shares with NumPy
 _KINDS = frozenset("biufcSUmMV")
 _NAME = re.compile(r"[<>|]([biufcSUmMV])([1-9]\d{0,9})(?:\[[0-9a-zA-Zμ]+\])?")
 
@@ -24,7 +25,7 @@ def as_tensor(value: Any) -> torch.Tensor | None:
     if value.nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     if not value.flags.c_contiguous:
-        if value.dtype.kind in "biuf" and value.dtype.isnative and value.dtype.itemsize <= 8:
+        if value.dtype.kind in "biuf" and value.dtype.isnative and value.dtype.itemsize <= _LARGEST_ITEM:
             try:
                 return torch.from_numpy(_writable(value))
             except (TypeError, ValueError):

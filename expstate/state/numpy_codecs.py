@@ -140,7 +140,12 @@ class _Records(_NumpyCodec):
         meta = {"dtype": encode_dtype(value.dtype), "shape": list(value.shape), "scalar": not isinstance(value, np.ndarray)}
         if value.nbytes == 0:
             return meta, {}
-        return meta, {"data": np.ascontiguousarray(value).reshape(-1).view(np.uint8)}
+        if not value.flags.c_contiguous:
+            # Not ascontiguousarray, which fills the gaps between fields with whatever was in memory.
+            dense = np.zeros(value.shape, value.dtype)
+            dense[...] = value
+            value = dense
+        return meta, {"data": np.atleast_1d(value).reshape(-1).view(np.uint8)}
 
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
         if is_live(self, meta, parts, live):

@@ -34,11 +34,15 @@ def _refuse(reason: str) -> NoReturn:
     raise ManifestError(reason)
 
 
+def _is_of_pandas(value: Any) -> bool:
+    # While pandas is being imported it has not all its names yet, but there are no values of it either.
+    return type(value).__module__.partition(".")[0] == "pandas"
+
+
 class _PandasCodec(Codec):
     def accepts(self, value: Any) -> bool:
         pd = sys.modules.get("pandas")
-        # While pandas is being imported it has not its names yet, and there are no values of it.
-        return pd is not None and type(value).__module__.startswith("pandas.") and self.accepts_pandas(pd, value)
+        return pd is not None and _is_of_pandas(value) and self.accepts_pandas(pd, value)
 
     @abstractmethod
     def accepts_pandas(self, pd: Any, value: Any) -> bool:
@@ -69,7 +73,7 @@ def encode_label(value: Any) -> Any:
     ('loss', {'type': 'tuple', 'value': ['train', 1]})
     """
     pd = sys.modules.get("pandas")
-    if pd is None or not type(value).__module__.startswith("pandas."):
+    if pd is None or not _is_of_pandas(value):
         return encode(value)
     for name in ("NA", "NaT"):
         if value is getattr(pd, name):

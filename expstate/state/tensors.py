@@ -17,11 +17,49 @@ if TYPE_CHECKING:
 
 _RUN_BYTES = 1024**2
 
-_NAMES = """
-bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex32 complex64 complex128
-float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2
-uint1 uint2 uint3 uint4 uint5 uint6 uint7 int1 int2 int3 int4 int5 int6 int7 bits8 bits16 bits1x8 bits2x4 bits4x2
-""".split()
+_NAMES = (
+    "bool",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex32",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
+    "uint1",
+    "uint2",
+    "uint3",
+    "uint4",
+    "uint5",
+    "uint6",
+    "uint7",
+    "int1",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "bits8",
+    "bits16",
+    "bits1x8",
+    "bits2x4",
+    "bits4x2",
+)
 
 DTYPES: dict[str, torch.dtype] = {name: dtype for name in _NAMES if isinstance(dtype := getattr(torch, name, None), torch.dtype)}
 """Name to dtype, of all dtypes that are stored as their bytes and that this torch has."""
@@ -78,7 +116,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat uint8 tensor over the memory of a contiguous tensor of any dtype, on any device."""
     storage = tensor.untyped_storage()
     start = tensor.storage_offset() * tensor.element_size()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
         storage, start, (tensor.numel() * tensor.element_size(),), (1,)
     )
 

@@ -52,9 +52,7 @@ class _SparseCoo(Codec):
         try:
             if indices.dtype != torch.int64:
                 _refuse(f"indices are {indices.dtype}, not int64")
-            built = torch.sparse_coo_tensor(
-                indices, values, shape, device=values.device, is_coalesced=coalesced, check_invariants=True
-            )
+            built = torch.sparse_coo_tensor(indices, values, shape, device=values.device, is_coalesced=coalesced, check_invariants=True)
         except Exception:
             if kept:
                 indices.zero_()

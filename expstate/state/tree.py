@@ -52,9 +52,9 @@ class Value(msgspec.Struct, frozen=True, gc=False):
 class Array(msgspec.Struct, frozen=True, gc=False):
     """A tensor, or a NumPy array seen as one.
 
-    ``tensor`` is strided and holds the bytes; ``dtype`` and ``shape`` are those of ``value``, the object in the state (equal to the tensor's
-    but for NumPy dtypes that torch has not, which are bytes to torch). ``kind`` is ``tensor``, ``parameter`` or ``numpy``. ``address`` is where the bytes
-    lie one after the other in host memory, or None if they do not.
+    ``tensor`` is strided and holds the bytes; ``dtype`` and ``shape`` are those of ``value``, the object in the state (equal to
+    the tensor's but for NumPy dtypes that torch has not, which are bytes to torch). ``kind`` is ``tensor``, ``parameter`` or
+    ``numpy``. ``address`` is where the bytes lie one after the other in host memory, or None if they do not.
     """
 
     path: str
@@ -166,7 +166,7 @@ class _Flattener:
             return
         if value.device.type == "meta":
             self._fail(path, "is on the meta device and has no values; materialise the module before the take")
-        if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        if isinstance(value, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
             self._fail(path, "is a lazy parameter without a shape; run the module once before the take")
         distributed = sys.modules.get("torch.distributed.tensor")
         if distributed is not None and isinstance(value, distributed.DTensor):

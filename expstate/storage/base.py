@@ -68,7 +68,10 @@ class FileReader(ABC):
 
     @abstractmethod
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill ``target`` with the bytes from ``offset`` on, as far as the file goes; a read that ends earlier is ``SnapshotCorruptError``."""
+        """Fill ``target`` with the bytes from ``offset`` on, as far as the file goes.
+
+        A read that ends before that is ``SnapshotCorruptError``.
+        """
 
     def is_cached(self, offset: int, length: int) -> bool:  # noqa: ARG002 - the default of an interface
         """Whether these bytes are in memory already, so that reading them unaligned costs nothing."""
@@ -88,8 +91,8 @@ class FileReader(ABC):
 class Storage(ABC):
     """One folder of a snapshot on some backend.
 
-    Names are relative, their parts joined by ``/``. Errors are those of ``expstate.errors``, or ``FileNotFoundError`` and ``FileExistsError``
-    where the docstring says so.
+    Names are relative, their parts joined by ``/``. Errors are those of ``expstate.errors``, or ``FileNotFoundError`` and
+    ``FileExistsError`` where the docstring says so.
 
     Attributes
     ----------

@@ -153,7 +153,7 @@ def _set_direct(fd: int, *, on: bool) -> bool:
 
 
 def _holes(fd: int, size: int) -> list[tuple[int, int]]:
-    """Ranges without data: an ignored write leaves one. (So does a file system that stores zeros as holes.)"""
+    """Ranges without data: an ignored write leaves one, and so does a file system that stores zeros as holes."""
     if not hasattr(os, "SEEK_HOLE"):
         return []
     found = []
@@ -428,12 +428,16 @@ class LocalStorage(Storage):
                         if item.is_file(follow_symlinks=False):
                             status = item.stat(follow_symlinks=False)
                             yield FileInfo(prefix + item.name, status.st_size, status.st_mtime)
-            except FileNotFoundError:
+            except FileNotFoundError:  # noqa: PERF203 - two rounds
                 if not prefix:
                     raise
 
     def delete(self, name: str) -> None:
-        with _system_errors(f"removing {name!r} from {self.path!r}"), contextlib.suppress(FileNotFoundError), self._folder(name) as (folder, last):
+        with (
+            _system_errors(f"removing {name!r} from {self.path!r}"),
+            contextlib.suppress(FileNotFoundError),
+            self._folder(name) as (folder, last),
+        ):
             os.unlink(last, dir_fd=folder)
 
     def flush(self) -> None:

@@ -1,0 +1,72 @@
+"""What the caller asks of a take, checked before anything is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expstate.engine import memory
+from expstate.engine.take import TakeRequest, check_app_state
+from expstate.errors import InvalidArgumentError
+from expstate.format.metadata import make_metadata
+from expstate.progress import ProgressOption, check_option
+from expstate.storage import registry
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from expstate.state.stateful import Stateful
+
+
+def globs(given: str | Sequence[str], what: str) -> tuple[str, ...]:
+    """One glob or several, as a tuple; ``InvalidArgumentError`` if they are no texts."""
+    found = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(glob, str) and glob for glob in found):
+        msg = f"{what} must be globs on entry paths, got {given!r}"
+        raise InvalidArgumentError(msg)
+    return found
+
+
+def make_request(
+    path: str | os.PathLike[str],
+    app_state: dict[str, Stateful],
+    pg: Any,
+    replicated: Sequence[str] | None,
+    storage_options: Mapping[str, Any] | None,
+    name: str | None,
+    tags: Iterable[str],
+    params: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+    note: str | None,
+    step: int | None,
+    overwrite: bool,
+    memory_budget_bytes: int | None,
+    progress: ProgressOption,
+) -> TakeRequest:
+    """Check everything that was given to a take."""
+    check_app_state(app_state)
+    check_option(progress)
+    provenance: dict[str, Any] = {}
+    if replicated is not None:
+        provenance["replicated"] = list(globs(replicated, "replicated"))
+    _check_process_group(pg)
+    return TakeRequest(
+        storage=registry.open_storage(path, storage_options),
+        app_state=dict(app_state),
+        metadata=make_metadata(name=name, tags=tags, params=params, metrics=metrics, note=note, step=step),
+        provenance=provenance,
+        overwrite=overwrite,
+        memory_budget_bytes=memory.budget_bytes(memory_budget_bytes),
+        progress=progress,
+    )
+
+
+def _check_process_group(pg: Any) -> None:
+    if not torch.distributed.is_available() or not (pg is not None or torch.distributed.is_initialized()):
+        return
+    size = pg.size() if hasattr(pg, "size") else torch.distributed.get_world_size()
+    if size > 1:
+        msg = f"this version takes snapshots of one process, and the process group has {size}; take on one rank, to a path of its own"
+        raise InvalidArgumentError(msg)
