@@ -41,6 +41,7 @@ class PendingSnapshot:
     >>> pending = Snapshot.async_take(f"{folder.name}/step-1", {"progress": StateDict(step=1)})
     >>> pending.wait().read_object("progress/step")
     1
+    >>> folder.cleanup()
     """
 
     def __init__(self, path: str, take: Take, opened: Callable[[Any, bytes], Snapshot]) -> None:

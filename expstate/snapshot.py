@@ -109,6 +109,7 @@ class Snapshot:
     torch.Size([1])
     >>> snapshot.restore({"model": torch.nn.Linear(2, 1)}).restored
     ('model/weight', 'model/bias')
+    >>> folder.cleanup()
     """
 
     def __init__(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
@@ -355,7 +356,7 @@ class Snapshot:
         entries = self.manifest.entries
         if glob is None:
             return entries
-        matches = paths.matcher([glob])
+        matches = paths.matcher(globs(glob, "globs"))
         found = tuple(entry for entry in entries if matches(entry.path))
         if not found:
             msg = f"the glob {glob!r} matches no entry of the snapshot at {self.path!r}"
@@ -449,7 +450,7 @@ class Snapshot:
         checked = check_device(device)
         budget = memory.budget_bytes(memory_budget_bytes)
         source = self._source
-        entry = source.by_path.get(path)
+        entry = source.by_path.get(path) if isinstance(path, str) else None
         if isinstance(entry, (TensorEntry, AliasEntry)):
             return fetch.read_tensor(source, entry, obj_out, rows, device=checked, verify=verify, budget=budget)
         if entry is not None and (obj_out is not None or rows is not None):
@@ -525,9 +526,12 @@ class Snapshot:
         check_app_state(app_state)
         check_rename(rename)
         check_option(progress)
+        if isinstance(include, (list, tuple)) and not include:
+            msg = "include is empty, so nothing would be restored; pass None for everything"
+            raise InvalidArgumentError(msg)
         options = RestoreOptions(
             include=None if include is None else globs(include, "include"),
-            exclude=globs(exclude or (), "exclude"),
+            exclude=() if exclude is None else globs(exclude, "exclude"),
             rename=dict(rename or {}),
             strict=strict,
             cast=cast,

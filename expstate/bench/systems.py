@@ -79,6 +79,7 @@ class Expstate(System):
     def _path(self, folder: Path) -> str:
         operation = OPERATIONS.get(self._task.operation)
         if operation is not None and operation.null_on_device and self._task.workload.device != "cpu":
+            importlib.import_module("expstate.testing")  # knows this scheme
             return f"null://{folder.name}"
         return str(folder / SNAPSHOT)
 

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from expstate.errors import ExpstateError, SnapshotExistsError, SnapshotNotFoundError, SnapshotReplacedError, SnapshotWriteError
+from expstate.errors import (
+    ExpstateError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
+    SnapshotReplacedError,
+    SnapshotWriteError,
+    StorageError,
+)
 from expstate.format import manifest as manifests
 from expstate.format import names
 
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
 RENEW_SECONDS = 60.0
 LEASE_SECONDS = 24 * 3600.0
 """A lease that was not renewed for so long is dead wherever its process is."""
+
+_MOST_TRIES = 10
 
 
 class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -67,11 +76,11 @@ def process_namespace() -> str | None:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None if there is no such process."""
+    """When a process was started, in clock ticks since boot; None if there is no such process, or only what is left of a dead one."""
     line = _first_line(f"/proc/{pid}/stat")
-    # The command's name is in parentheses and may hold anything; the 20th field after it is the start.
+    # The command's name is in parentheses and may hold anything; then come the process's state and 18 fields later its start.
     fields = line.rpartition(")")[2].split() if line else []
-    return int(fields[19]) if len(fields) > 19 else None  # noqa: PLR2004 - see above
+    return int(fields[19]) if len(fields) > 19 and fields[0] not in "ZX" else None  # noqa: PLR2004 - see above
 
 
 def is_dead(lease: Lease, modified_at: float, now: float) -> bool:
@@ -131,7 +140,7 @@ class Attempt:
         self._storage = storage
         self._action = action
         self._made_folder = False
-        self._holds_lease = False
+        self._lease_data: bytes | None = None
         self._renewed = 0.0
         self._renewing = threading.Lock()
         self._replaces: bytes | None = None
@@ -167,14 +176,20 @@ class Attempt:
         SnapshotExistsError
             If a snapshot is there and is not to be overwritten, or the same snapshot is being copied there.
         """
-        self._made_folder = self._storage.prepare()
-        try:
-            self._check_free(overwrite=overwrite)
-            # The files of a snapshot that will be replaced do not carry this attempt's id: the lease names them for gc.
-            self.hold(_files_of(self._replaces))
-        except BaseException:
-            self.abort([])
-            raise
+        for _ in range(_MOST_TRIES):
+            try:
+                self._made_folder |= self._storage.prepare()
+                self._check_free(overwrite=overwrite)
+                # The files of a snapshot that will be replaced do not carry this attempt's id: the lease names them for gc.
+                self.hold(_files_of(self._replaces))
+            except FileNotFoundError:
+                continue  # another attempt failed and took away the folder that it had made
+            except BaseException:
+                self.abort([])
+                raise
+            return
+        msg = f"the folder {self._storage.url!r} disappears as often as it is made"
+        raise StorageError(msg)
 
     def _check_free(self, *, overwrite: bool) -> None:
         try:
@@ -188,23 +203,53 @@ class Attempt:
     def hold(self, files: Iterable[str] = ()) -> None:
         """Create the lease; ``files`` are named in it that do not carry the attempt's id."""
         self._lease_files = tuple(files)
+        self._lease_data = self._lease()
         try:
-            self._storage.create(self._lease_name, self._lease(), token=self.token)
+            self._storage.create(self._lease_name, self._lease_data, token=self.token)
         except FileExistsError:
-            msg = (
-                f"another process is at work on snapshot {self.token} at {self._storage.url!r}, or was: expstate.gc() removes what it left"
-            )
-            raise SnapshotExistsError(msg) from None
-        self._holds_lease = True
+            self._take_over(self._lease_data)
         self._renewed = time.monotonic()
 
+    def _take_over(self, lease_data: bytes) -> None:
+        """Put this lease in the place of a dead one: of a copy or deletion of the same snapshot that did not finish."""
+        msg = f"another process is at work on snapshot {self.token} at {self._storage.url!r}"
+        try:
+            found = self._storage.read(self._lease_name)
+            lease = decode_lease(found)
+            modified_at = self._storage.stat(self._lease_name).modified_at
+        except FileNotFoundError:
+            raise SnapshotExistsError(msg) from None
+        if lease is None or not is_dead(lease, modified_at, self._storage.clock()):
+            raise SnapshotExistsError(msg)
+        try:
+            self._storage.replace(self._lease_name, lease_data, token=self.token, expected=found)
+        except FileExistsError:
+            raise SnapshotExistsError(msg) from None
+        if self._action == "copy":
+            for info in list(self._storage.list()):
+                if names.is_of_attempt(info.name, self.token):
+                    self._storage.delete(info.name)
+
     def renew(self) -> None:
-        """Say that the attempt is alive, if that was long enough ago; called as bytes go by."""
+        """Say that the attempt is alive, if that was long enough ago; called as bytes go by.
+
+        Raises
+        ------
+        SnapshotWriteError
+            If the lease is no longer there.
+        """
         with self._renewing:
             if time.monotonic() - self._renewed < RENEW_SECONDS:
                 return
+            before, self._lease_data = self._lease_data, self._lease()
+            try:
+                self._storage.replace(self._lease_name, self._lease_data, token=self.token, expected=before)
+            except (FileExistsError, FileNotFoundError):
+                raise self._lost_lease() from None
             self._renewed = time.monotonic()
-            self._storage.replace(self._lease_name, self._lease(), token=self.token)
+
+    def _lost_lease(self) -> SnapshotWriteError:
+        return SnapshotWriteError(f"the lease of this {self._action} is gone from {self._storage.url!r}: someone cleaned up; do it again")
 
     def commit(self, data: bytes, sizes: dict[str, int]) -> None:
         """Make names durable, check that everything is there, and create the manifest.
@@ -223,7 +268,10 @@ class Attempt:
         SnapshotExistsError
             If someone else committed here first.
         """
-        self._storage.flush()
+        try:
+            self._storage.flush()
+        except FileNotFoundError:
+            raise self._lost_lease() from None
         for name, size in sizes.items():
             try:
                 found = self._storage.stat(name).size
@@ -235,8 +283,7 @@ class Attempt:
         try:
             self._storage.stat(self._lease_name)
         except FileNotFoundError:
-            msg = f"the lease of this take is gone from {self._storage.url!r}: someone cleaned up while it was at work; take again"
-            raise SnapshotWriteError(msg) from None
+            raise self._lost_lease() from None
         try:
             if self._replaces is None:
                 self._storage.create(names.MANIFEST, data, token=self.token)
@@ -259,18 +306,37 @@ class Attempt:
             self._storage.flush()
 
     def abort(self, created: Iterable[str]) -> None:
-        """Remove what this attempt has put there, unless it turns out to be committed. The lease goes last."""
+        """Remove what this attempt has put there, unless it turns out to be committed; what cannot be removed is left to ``gc``."""
         with contextlib.suppress(ExpstateError, OSError):
-            if self._is_committed():
-                self.committed = True
-                self.finish()
-                return
-            for name in created:
-                self._storage.delete(name)
-            if self._holds_lease:
+            if self._holds_lease():
+                if self._is_committed():
+                    self.committed = True
+                    # The commit may have failed in making itself durable, and until it is, what it replaced is still needed.
+                    self._storage.flush()
+                    self.finish()
+                    return
+                # The lease goes last, and only if nothing is left that it could lead to.
+                if not all([self._removed(name) for name in created]):
+                    return
                 self._storage.delete(self._lease_name)
             if self._made_folder:
                 self._storage.remove_folder()
+
+    def _holds_lease(self) -> bool:
+        # Looked at and not remembered: an interrupt can come between the creation and the note of it.
+        if self._lease_data is None:
+            return False
+        try:
+            return self._storage.read(self._lease_name) == self._lease_data
+        except FileNotFoundError:
+            return False
+
+    def _removed(self, name: str) -> bool:
+        try:
+            self._storage.delete(name)
+        except (ExpstateError, OSError):
+            return False
+        return True
 
     def _is_committed(self) -> bool:
         # An interrupt can come between the commit and the note of it.
@@ -313,14 +379,30 @@ def delete(storage: Storage) -> None:
     for name in files:
         names.check_file_name(name)
     attempt = Attempt(storage, manifest.id, "delete")
+    lease = names.lease_name(attempt.token)
     attempt.hold(files)
-    if read_committed(storage) != data:
-        storage.delete(names.lease_name(attempt.token))
+    try:
+        storage.delete(names.MANIFEST, expected=data)
+    except FileExistsError:
+        storage.delete(lease)
         msg = f"the snapshot at {storage.url!r} was replaced or deleted meanwhile"
-        raise SnapshotReplacedError(msg)
-    storage.delete(names.MANIFEST)
-    storage.flush()
-    for name in (*files, names.ANNOTATIONS):
+        raise SnapshotReplacedError(msg) from None
+    except BaseException:
+        if read_committed(storage) == data:
+            storage.delete(lease)
+        raise
+    remains = (*files, names.ANNOTATIONS, lease)
+    try:
+        storage.flush()
+        _delete_all(storage, remains)
+    except BaseException:
+        # There is no snapshot any more, so what was interrupted is carried on.
+        with contextlib.suppress(ExpstateError, OSError):
+            _delete_all(storage, remains)
+        raise
+
+
+def _delete_all(storage: Storage, files: Iterable[str]) -> None:
+    for name in files:
         storage.delete(name)
-    storage.delete(names.lease_name(attempt.token))
     storage.remove_folder()

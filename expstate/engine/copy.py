@@ -10,7 +10,7 @@ from expstate.engine import crew, memory
 from expstate.engine.attempt import Attempt
 from expstate.engine.digest import block_digests
 from expstate.engine.windows import WriteWindow, write_windows
-from expstate.errors import SnapshotCorruptError
+from expstate.errors import SnapshotCorruptError, SnapshotWriteError
 from expstate.format import names
 from expstate.format.layout import DataFile, PlacedBox
 from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, ObjectEntry, TensorEntry
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from expstate.engine.source import SnapshotSource
-    from expstate.storage.base import Storage
+    from expstate.storage.base import FileReader, Storage
 
 _FILLING = -1
 """``PlacedBox.source`` of bytes between boxes, and of digests, which were checked before."""
 
 
 class _Copy:
-    def __init__(self, source: SnapshotSource, target: Storage, staging: memory.Staging, attempt: Attempt, progress: Progress) -> None:
-        self._source = source
+    def __init__(self, target: Storage, staging: memory.Staging, attempt: Attempt, progress: Progress) -> None:
         self._target = target
         self._staging = staging
         self._attempt = attempt
@@ -37,11 +36,9 @@ class _Copy:
         self._threads = min(settings.current().thread_count, staging.count)
         self.created: list[str] = []
 
-    def copy_file(self, number: int, file: DataFile, digests: Sequence[bytes], entry_paths: Sequence[str]) -> None:
+    def copy_file(self, number: int, reader: FileReader, file: DataFile, digests: Sequence[bytes], entry_paths: Sequence[str]) -> None:
         """Copy one data file and check every block of it."""
-        reader = self._source.files[number]
-        assert reader is not None
-        header = bytearray(self._source.manifest.files[number].header_bytes)
+        header = bytearray(len(file.header))
         reader.read_into(0, memoryview(header))
         writer = self._target.create_file(file.name, file.size)
         self.created.append(file.name)
@@ -73,9 +70,21 @@ class _Copy:
                     writer.write(start, buffer.view[: len(part)])
             windows = list(write_windows(number, file, self._target.alignment, self._staging.window_bytes))
             crew.run(windows, work, max(1, min(self._threads, len(windows))), self._stop)
-            writer.finish()
+            for start, stop in writer.finish():
+                self._compare(reader, file.name, start, stop)
         finally:
             writer.abort()
+
+    def _compare(self, reader: FileReader, name: str, start: int, stop: int) -> None:
+        """Read back what the storage may not have written."""
+        with self._target.open_file(name) as written:
+            for offset in range(start, stop, BLOCK_BYTES):
+                wanted, found = bytearray(min(BLOCK_BYTES, stop - offset)), bytearray(min(BLOCK_BYTES, stop - offset))
+                reader.read_into(offset, memoryview(wanted))
+                written.read_into(offset, memoryview(found))
+                if wanted != found:
+                    msg = f"{name!r} does not hold what was written at byte {offset:,}: the storage lost a write"
+                    raise SnapshotWriteError(msg)
 
 
 def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, progress: ProgressOption) -> None:
@@ -85,12 +94,14 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
     attempt.begin(overwrite=False)
     staging = memory.Staging(budget, settings.current().thread_count)
     bar = Progress("copy", sum(record.size for record in manifest.files), progress)
-    work = _Copy(source, target, staging, attempt, bar)
+    work = _Copy(target, staging, attempt, bar)
     try:
-        with source.opened():
-            files, digests, entry_paths = _files(source)
+        with source.opened() as opened:
+            files, digests, entry_paths = _files(opened)
             for number, file in enumerate(files):
-                work.copy_file(number, file, digests, entry_paths)
+                reader = opened.files[number]
+                assert reader is not None
+                work.copy_file(number, reader, file, digests, entry_paths)
         attempt.commit(data, {record.name: record.size for record in manifest.files})
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             target.create(names.ANNOTATIONS, source.storage.read(names.ANNOTATIONS), token=attempt.token)

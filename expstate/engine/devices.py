@@ -30,7 +30,7 @@ def check_device(device: object) -> torch.device | None:
     Raises
     ------
     InvalidArgumentError
-        If it is no device, or one that holds no values.
+        If it is no device, one that holds no values, or not there.
     """
     if device is None:
         return None
@@ -41,5 +41,8 @@ def check_device(device: object) -> torch.device | None:
         raise InvalidArgumentError(msg) from None
     if parsed.type == "meta":
         msg = "device 'meta' holds no values, so nothing can be restored to it"
+        raise InvalidArgumentError(msg)
+    if usable_device(str(parsed)).type != parsed.type:
+        msg = f"device {str(parsed)!r} is not there"
         raise InvalidArgumentError(msg)
     return parsed  # type: ignore[no-any-return]

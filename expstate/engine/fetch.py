@@ -74,8 +74,8 @@ def read_tree(source: SnapshotSource, path: str, *, device: torch.device | None,
         If it needs ``trust``; the message names every such entry below the path.
     """
     entries = source.subtree(path)
-    with source.opened(source.files_of(entries)):
-        values = _decode_objects(source, entries, trust=trust)
+    with source.opened(source.files_of(entries)) as opened:
+        values = _decode_objects(opened, entries, trust=trust)
         made: dict[str, Any] = {}
         reads: list[Read] = []
         parts = []
@@ -83,17 +83,17 @@ def read_tree(source: SnapshotSource, path: str, *, device: torch.device | None,
             if isinstance(entry, ContainerEntry):
                 parts.append(tree.Part(entry.path, entry.type, entry.meta, None))
                 continue
-            tensor_entry = source.resolve(entry)
+            tensor_entry = opened.resolve(entry)
             if isinstance(tensor_entry, TensorEntry):
                 if tensor_entry.path not in made:
                     value, tensor = allocate(tensor_entry, device or usable_device(tensor_entry.device))
                     made[tensor_entry.path] = value
-                    reads += source.reads(tensor_entry, tensor)
+                    reads += opened.reads(tensor_entry, tensor)
                 value = made[tensor_entry.path]
             else:
                 value = decode(entry.value) if isinstance(entry, ValueEntry) else values[entry.path]
             parts.append(tree.Part(entry.path, None, None, value))
-        read_all(source, reads, budget, verify=verify)
+        read_all(opened, reads, budget, verify=verify)
     return tree.build(parts, {})
 
 
@@ -138,9 +138,9 @@ def read_tensor(
         value, tensor = allocate(resolved, device or usable_device(resolved.device), shape)
     else:
         value, tensor = out, _checked_out(resolved, out, shape)
-    with source.opened(source.files_of([resolved])):
-        reads = source.reads(resolved, tensor) if span is None else source.row_reads(resolved, span, tensor)
-        read_all(source, list(reads), budget, verify=verify)
+    with source.opened(source.files_of([resolved])) as opened:
+        reads = opened.reads(resolved, tensor) if span is None else opened.row_reads(resolved, span, tensor)
+        read_all(opened, list(reads), budget, verify=verify)
     return value
 
 

@@ -6,13 +6,14 @@ are looked through on either side where the names do not match as they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from expstate.errors import InvalidArgumentError
 from expstate.state import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 _COMPILED = "_orig_mod"
 _PARALLEL = "module."
@@ -21,7 +22,7 @@ _PARALLEL = "module."
 def check_rename(rename: object) -> None:
     """Refuse a rename that is not a mapping of prefixes."""
     if rename is not None and not (
-        isinstance(rename, dict) and all(isinstance(old, str) and isinstance(new, str) for old, new in rename.items())
+        isinstance(rename, Mapping) and all(isinstance(old, str) and isinstance(new, str) for old, new in rename.items())
     ):
         msg = f'rename must map prefixes to prefixes, as in {{"module.": ""}}, got {rename!r}'
         raise InvalidArgumentError(msg)

@@ -8,7 +8,7 @@ verify only.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from blake3 import blake3
@@ -231,11 +231,13 @@ class PieceReader:
         if not in_step and not file.is_cached(read.offset, read.nbytes):
             return False
         whole = tensors.memory(address, read.nbytes)
+        if not self._verify:
+            file.read_into(read.offset, whole)
+            return True
         for start in range(0, read.nbytes, BLOCK_BYTES):
             view = whole[start : start + BLOCK_BYTES]
             file.read_into(read.offset + start, view)
-            if self._verify:
-                self._check(read, start, view, file)
+            self._check(read, start, view, file)
         return True
 
     def _read_by_buffer(self, window: list[Read], file: FileReader) -> None:
@@ -243,28 +245,16 @@ class PieceReader:
         stop = max(read.offset + read.nbytes for read in window)
         with self._staging.lend(self._stop) as buffer:
             file.read_into(start, buffer.view[: -(-(stop - start) // file.alignment) * file.alignment])
-            events = []
-            for read in window:
-                at = read.offset - start
-                if self._verify:
-                    for first in range(0, read.nbytes, BLOCK_BYTES):
-                        self._check(read, first, buffer.view[at + first : at + min(read.nbytes, first + BLOCK_BYTES)], file)
-                if read.target is not None and read.last > read.first:
-                    events += self._put(read, read.target, buffer, at + read.first)
+            with self._streams.entered() as events:
+                for read in window:
+                    at = read.offset - start
+                    if self._verify:
+                        for first in range(0, read.nbytes, BLOCK_BYTES):
+                            self._check(read, first, buffer.view[at + first : at + min(read.nbytes, first + BLOCK_BYTES)], file)
+                    if read.target is not None and read.last > read.first:
+                        _put(read, read.target, buffer, at + read.first)
             for event in events:
                 event.synchronize()
-
-    def _put(self, read: Read, target: Target, buffer: Buffer, at: int) -> list[Any]:
-        stop = read.at + read.last - read.first
-        if target.address is not None:
-            tensors.move_memory(target.address + read.at, buffer.address + at, stop - read.at)
-            return []
-        if target.tensor.is_cpu:
-            tensors.copy_in(target.tensor, read.at, stop, buffer.address + at, dtype=target.dtype)
-            return []
-        with self._streams.on(target.tensor.device) as event:
-            tensors.copy_in(target.tensor, read.at, stop, buffer.address + at, buffer.tensor[at : at + stop - read.at], target.dtype)
-        return [] if event is None else [event]
 
     def _check(self, read: Read, start: int, view: memoryview, file: FileReader) -> None:
         block = start // BLOCK_BYTES * DIGEST_BYTES
@@ -279,3 +269,13 @@ class PieceReader:
         if self._on_damage is None:
             raise SnapshotCorruptError(str(damage))
         self._on_damage(damage)
+
+
+def _put(read: Read, target: Target, buffer: Buffer, at: int) -> None:
+    """Copy what was read to where it belongs; on an accelerator that only begins here."""
+    nbytes = read.last - read.first
+    if target.address is not None:
+        tensors.move_memory(target.address + read.at, buffer.address + at, nbytes)
+        return
+    source = None if target.tensor.is_cpu else buffer.tensor[at : at + nbytes]
+    tensors.copy_in(target.tensor, read.at, read.at + nbytes, buffer.address + at, source, target.dtype)

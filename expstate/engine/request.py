@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def globs(given: str | Sequence[str], what: str) -> tuple[str, ...]:
     """One glob or several, as a tuple; ``InvalidArgumentError`` if they are no texts."""
-    found = (given,) if isinstance(given, str) else tuple(given)
+    found = tuple(given) if isinstance(given, (list, tuple, set, frozenset)) else (given,)
     if not all(isinstance(glob, str) and glob for glob in found):
         msg = f"{what} must be globs on entry paths, got {given!r}"
         raise InvalidArgumentError(msg)
@@ -64,9 +64,13 @@ def make_request(
 
 
 def _check_process_group(pg: Any) -> None:
-    if not torch.distributed.is_available() or not (pg is not None or torch.distributed.is_initialized()):
+    available = torch.distributed.is_available()
+    if pg is not None and not (available and isinstance(pg, torch.distributed.ProcessGroup)):
+        msg = f"pg must be a process group of torch.distributed, got {pg!r}"
+        raise InvalidArgumentError(msg)
+    if not available or not torch.distributed.is_initialized():
         return
-    size = pg.size() if hasattr(pg, "size") else torch.distributed.get_world_size()
+    size = torch.distributed.get_world_size(pg)
     if size > 1:
         msg = f"this version takes snapshots of one process, and the process group has {size}; take on one rank, to a path of its own"
         raise InvalidArgumentError(msg)

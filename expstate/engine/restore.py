@@ -75,8 +75,9 @@ class _Restore:
         entries = [item.entry if isinstance(item, Placement) else item for plan in self._plans for _, item in plan.items]
         return self._source.files_of(entry for entry in entries if not isinstance(entry, tuple))
 
-    def check(self) -> None:
-        """Decode objects, look for overlaps and meta tensors, raise what was found; the files are open."""
+    def check(self, opened: SnapshotSource) -> None:
+        """Decode objects, look for overlaps and meta tensors, raise what was found."""
+        self._source = opened
         refused = []
         for plan in self._plans:
             for index, (path, item) in enumerate(plan.items):
@@ -219,9 +220,9 @@ def restore(
     with collector.paused():
         work.plan(app_state)
         numbers = work.file_numbers()
-    with source.opened(numbers):
+    with source.opened(numbers) as opened:
         with collector.paused():
-            work.check()
+            work.check(opened)
         if not dry_run:
             work.run(atomic=atomic)
     return work.report(time.perf_counter() - started, dry_run=dry_run)

@@ -7,6 +7,7 @@ the sizes that the manifest says.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ class SnapshotSource:
 
     def subtree(self, path: str) -> list[Entry]:
         """The entry at ``path`` and all below it, in order; ``EntryNotFoundError`` if there is none."""
-        if path not in self.by_path:
+        if not isinstance(path, str) or path not in self.by_path:
             raise EntryNotFoundError(_not_found(path, self.by_path))
         below = f"{path}/"
         return [entry for entry in self.manifest.entries if entry.path == path or entry.path.startswith(below)]
@@ -58,8 +59,10 @@ class SnapshotSource:
         return self.by_path[entry.target] if isinstance(entry, AliasEntry) else entry
 
     @contextlib.contextmanager
-    def opened(self, numbers: set[int] | None = None, on_damage: Callable[[Damage], None] | None = None) -> Iterator[None]:
-        """Open the files with these numbers, or all, and close them afterwards.
+    def opened(self, numbers: set[int] | None = None, on_damage: Callable[[Damage], None] | None = None) -> Iterator[SnapshotSource]:
+        """The snapshot with the files of these numbers, or all, open for one operation.
+
+        Each operation has its own, so that several can go on at once.
 
         Raises
         ------
@@ -68,18 +71,16 @@ class SnapshotSource:
         SnapshotCorruptError
             If one is missing or of another size; with ``on_damage`` it is told instead.
         """
+        session = copy.copy(self)
+        session.files = [None] * len(self.manifest.files)
         with contextlib.ExitStack() as stack:
-            self.files = [None] * len(self.manifest.files)
-            for number in range(len(self.files)) if numbers is None else sorted(numbers):
-                problem = self._open(number, stack)
+            for number in range(len(session.files)) if numbers is None else sorted(numbers):
+                problem = session._open(number, stack)  # noqa: SLF001 - another of this class
                 if problem and on_damage is None:
                     raise SnapshotCorruptError(str(problem))
                 if problem and on_damage is not None:
                     on_damage(problem)
-            try:
-                yield
-            finally:
-                self.files = []
+            yield session
 
     def _open(self, number: int, stack: contextlib.ExitStack) -> Damage | None:
         record = self.manifest.files[number]
@@ -205,7 +206,8 @@ def _region(tensor: torch.Tensor, starts: tuple[int, ...], sizes: tuple[int, ...
 def _not_found(path: str, known: dict[str, Entry]) -> str:
     import difflib  # noqa: PLC0415 - only for the message
 
-    near = difflib.get_close_matches(path, known, n=3) if len(known) <= 20_000 else []  # noqa: PLR2004 - it takes a second beyond
+    is_quick = isinstance(path, str) and len(known) <= 20_000  # noqa: PLR2004 - it takes a second beyond
+    near = difflib.get_close_matches(path, known, n=3) if is_quick else []
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
     return f"no entry {path!r} in the snapshot{hint}"
 

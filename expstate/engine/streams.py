@@ -35,25 +35,26 @@ class SideStreams:
             stream.wait_stream(module.current_stream(device))
             self._streams[device] = stream
 
-    @property
-    def device_type(self) -> str | None:
-        """The accelerator in use, or None if there is none."""
-        return next((device.type for device in self._streams), None)
-
     @contextlib.contextmanager
-    def on(self, device: torch.device) -> Iterator[Any]:
-        """Copies to and from ``device`` go on its side stream; gives an event to wait for after the block, or None."""
-        stream = self._streams.get(device)
-        if stream is None:
-            yield None
-            if device.type == "mps":
-                torch.mps.synchronize()
+    def entered(self) -> Iterator[list[Any]]:
+        """Copies inside this ``with`` block go on the side streams; afterwards the list holds an event of each to wait for."""
+        events: list[Any] = []
+        if not self._streams:
+            yield events
             return
-        module: Any = torch.get_device_module(device)
-        event = module.Event()
-        with module.stream(stream):
-            yield event
-            event.record(stream)
+        with contextlib.ExitStack() as stack:
+            for device, stream in self._streams.items():
+                module: Any = torch.get_device_module(device)
+                if stream is not None:
+                    stack.enter_context(module.stream(stream))
+            yield events
+            for device, stream in self._streams.items():
+                module = torch.get_device_module(device)
+                if stream is not None:
+                    events.append(module.Event())
+                    events[-1].record(stream)
+                else:
+                    module.synchronize()
 
     def join(self) -> None:
         """What the caller queues from here on comes after the copies."""

@@ -24,22 +24,22 @@ def verify(source: SnapshotSource, *, budget: int, progress: ProgressOption) -> 
     """Read everything; as ``Snapshot.verify`` documents it."""
     started = time.perf_counter()
     damages: list[Damage] = []
-    with source.opened(on_damage=damages.append):
-        _check_headers(source, damages)
+    with source.opened(on_damage=damages.append) as opened:
+        _check_headers(opened, damages)
         reads: list[Read] = []
-        for entry in source.manifest.entries:
+        for entry in opened.manifest.entries:
             if isinstance(entry, (TensorEntry, ObjectEntry)):
                 try:
-                    reads += source.reads(entry, None)
+                    reads += opened.reads(entry, None)
                 except (SnapshotCorruptError, StorageError) as error:
-                    record = source.manifest.files[entry.boxes[0].file]
+                    record = opened.manifest.files[entry.boxes[0].file]
                     damages.append(Damage(entry.path, record.name, entry.boxes[0].offset, entry.nbytes, str(error)))
         total = sum(read.nbytes for read in reads)
         bar = Progress("verify", total, progress)
         threads = settings.current().thread_count
         staging = memory.Staging(budget, threads)
         try:
-            PieceReader(source.files, staging, threads, bar, crew.Stop(), on_damage=damages.append).run(reads)
+            PieceReader(opened.files, staging, threads, bar, crew.Stop(), on_damage=damages.append).run(reads)
         finally:
             bar.close()
             staging.close()

@@ -50,7 +50,7 @@ class _Staged:
 
     window: WriteWindow
     buffer: Buffer
-    events: tuple[Any, ...]
+    events: list[Any]
 
 
 class FilesWriter:
@@ -112,35 +112,33 @@ class FilesWriter:
 
     # Staging
 
-    def _stage(self, window: WriteWindow, buffer: Buffer, *, digest: bool) -> tuple[Any, ...]:
+    def _stage(self, window: WriteWindow, buffer: Buffer, *, digest: bool) -> list[Any]:
+        """Copy a window's bytes into a buffer, and digest those from plain host memory on the way if asked; events to wait for."""
         boxes = self._open[window.file].file.boxes
         digests = self.digests[window.file]
-        events: list[Any] = []
-        for item in window.fragments:
-            number, start = item.box, item.start
-            nbytes = item.stop - start
-            box = boxes[number]
-            at = box.offset + start - window.start
-            address = self._addresses[box.source]
-            first = box.first_byte + start
-            if address is None:
-                events += self._copy(self._sources[box.source], first, first + nbytes, buffer, at)
-            elif not (digest and item.digest):
-                tensors.move_memory(buffer.address + at, address + first, nbytes)
-            elif box.nbytes <= BLOCK_BYTES:
-                tensors.move_memory(buffer.address + at, address + first, nbytes)
-                digests[number][:] = blake3(buffer.view[at : at + nbytes]).digest()
-            else:
-                _move_and_digest(address + first, buffer, at, nbytes, digests[number], start // BLOCK_BYTES * DIGEST_BYTES)
-        return tuple(events)
+        with self._streams.entered() as events:
+            for item in window.fragments:
+                number, start = item.box, item.start
+                nbytes = item.stop - start
+                box = boxes[number]
+                at = box.offset + start - window.start
+                address = self._addresses[box.source]
+                first = box.first_byte + start
+                if address is None:
+                    self._copy(self._sources[box.source], first, first + nbytes, buffer, at)
+                elif not (digest and item.digest):
+                    tensors.move_memory(buffer.address + at, address + first, nbytes)
+                elif box.nbytes <= BLOCK_BYTES:
+                    tensors.move_memory(buffer.address + at, address + first, nbytes)
+                    digests[number][:] = blake3(buffer.view[at : at + nbytes]).digest()
+                else:
+                    _move_and_digest(address + first, buffer, at, nbytes, digests[number], start // BLOCK_BYTES * DIGEST_BYTES)
+        return events
 
-    def _copy(self, tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, at: int) -> list[Any]:
-        if tensor.is_cpu:
-            tensors.copy_out(tensor, start, stop, buffer.address + at)
-            return []
-        with self._streams.on(tensor.device) as event:
-            tensors.copy_out(tensor, start, stop, buffer.address + at, buffer.tensor[at : at + stop - start])
-        return [] if event is None else [event]
+    @staticmethod
+    def _copy(tensor: torch.Tensor, start: int, stop: int, buffer: Buffer, at: int) -> None:
+        target = None if tensor.is_cpu else buffer.tensor[at : at + stop - start]
+        tensors.copy_out(tensor, start, stop, buffer.address + at, target)
 
     def _digest_staged(self, window: WriteWindow, buffer: Buffer, *, plain: bool) -> None:
         """Digest what ``_stage`` has only copied: everything, or what did not come from plain host memory."""
@@ -215,10 +213,11 @@ class FilesWriter:
             finally:
                 self._staging.release(item.buffer)
 
+        # Started before the copies: a thread takes long to start on a machine whose cores are busy writing.
         self._behind = crew.Crew(_until_end(staged), behind, self._threads, self._stop)
+        self._behind.start()
         fits = len(self._windows) <= self._staging.count
-        if not fits:
-            self._behind.start()
+        held: list[_Staged] = []
 
         def ahead(window: WriteWindow) -> None:
             buffer = self._staging.acquire(self._stop)
@@ -227,21 +226,22 @@ class FilesWriter:
             except BaseException:
                 self._staging.release(buffer)
                 raise
-            staged.put(item)
-            if fits:
-                waiting.extend(item.events)
+            held.append(item)
+            if not fits:
+                staged.put(item)
 
-        waiting: list[Any] = []
         try:
             crew.run(self._windows, ahead, self._threads, self._stop)
-            for event in waiting:
-                event.synchronize()
+            for item in held:
+                for event in item.events:
+                    event.synchronize()
             self._streams.join()
             self._sources = ()  # live state is not kept alive by a take that is still being written
         finally:
+            # What fits is digested and written afterwards, so that it does not slow the copies.
+            for item in held if fits else ():
+                staged.put(item)
             staged.put(None)
-            if fits:
-                self._behind.start()
 
     def finish_staged(self) -> None:
         """Wait until everything that ``stage_all`` has copied is durable."""

@@ -49,8 +49,8 @@ def make_metadata(
     InvalidMetadataError
         If another value cannot be recorded.
     """
-    if isinstance(tags, str):
-        msg = f"tags must be a list of texts, got the text {tags!r}"
+    if isinstance(tags, str) or not hasattr(tags, "__iter__"):
+        msg = f"tags must be a list of texts, got {'the text ' if isinstance(tags, str) else ''}{tags!r}"
         raise InvalidMetadataError(msg)
     if note is not None and (not isinstance(note, str) or len(note.encode("utf-8", "surrogatepass")) > _NOTE_BYTES):
         msg = "a note must be a text of at most 1 MiB"

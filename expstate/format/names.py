@@ -15,6 +15,7 @@ MANIFEST = "snapshot.json"
 ANNOTATIONS = "annotations.json"
 
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
+_DOTS = re.compile(r"\.{2,}")
 _FILE_NAME = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _ID = re.compile(r"[0-9a-f]{32}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
@@ -62,7 +63,7 @@ def is_of_attempt(name: str, attempt: str) -> bool:
     """
     if _ATTEMPT.fullmatch(attempt) is None:
         return False
-    return re.fullmatch(rf"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-{attempt}\.safetensors|\.[A-Za-z.-]*\.{attempt}", name) is not None
+    return re.fullmatch(rf"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-{attempt}\.safetensors|\.[A-Za-z0-9.-]*\.{attempt}", name) is not None
 
 
 class FileNamer:
@@ -88,7 +89,7 @@ class FileNamer:
         """
         clean = self._stems.get(stem)
         if clean is None:
-            first = _UNFIT.sub("_", stem)[:_KEY_LENGTH].lstrip(".") or "_"
+            first = _DOTS.sub("_", _UNFIT.sub("_", stem))[:_KEY_LENGTH].lstrip(".") or "_"
             clean, number = first, 1
             while clean.casefold() in self._taken:
                 number += 1

@@ -19,6 +19,7 @@ from expstate.state.values import NotPlainError, decode, encode, encode_tree
 
 _INDEX, _COLUMNS, _VALUES = "%index", "%columns", "%values"  # no column's part looks like these
 _MASKED = ("IntegerArray", "FloatingArray", "BooleanArray")
+_ORDINAL_BYTES = 8
 _UNITS = frozenset({"s", "ms", "us", "ns"})
 
 
@@ -134,10 +135,16 @@ def _fixed(array: Any) -> Any:
     return array
 
 
+def _ordinals(data: Any) -> Any:
+    if getattr(getattr(data, "dtype", None), "kind", None) != "i" or data.dtype.itemsize != _ORDINAL_BYTES or data.ndim != 1:
+        _refuse("times have to be a row of 64-bit numbers")
+    return data
+
+
 def _times(data: Any, unit: Any) -> Any:
-    if getattr(getattr(data, "dtype", None), "str", None) != "<i8" or data.ndim != 1 or unit not in _UNITS:
-        _refuse("times have to be a row of 64-bit numbers with a unit")
-    return data.view(f"M8[{unit}]")
+    if unit not in _UNITS:
+        _refuse(f"unknown unit of time {str(unit)[:80]}")
+    return _ordinals(data).view(f"M8[{unit}]")
 
 
 class _Array(_PandasCodec):
@@ -187,7 +194,7 @@ class _Array(_PandasCodec):
             times = pd.DatetimeIndex(_times(parts["data"], meta["unit"]))
             return times.tz_localize("UTC").tz_convert(_decode_zone(meta["zone"])).array
         if kind == "PeriodArray":
-            return pd.arrays.PeriodArray(parts["data"], dtype=pd.PeriodDtype(meta["freq"]))
+            return pd.arrays.PeriodArray(_ordinals(parts["data"]), dtype=pd.PeriodDtype(meta["freq"]))
         if kind == "IntervalArray":
             return pd.arrays.IntervalArray.from_arrays(parts["left"], parts["right"], closed=meta["closed"])
         _refuse(f"unknown array of pandas {str(kind)[:80]}")

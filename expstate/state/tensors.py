@@ -109,16 +109,21 @@ def is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def is_writable_in_place(tensor: torch.Tensor) -> bool:
     """Whether each element has a memory of its own, so that values can be read into it."""
-    return all(stride != 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    if tensor.is_contiguous():
+        return True
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride < extent:
+            return False
+        extent += (size - 1) * stride
+    return True
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat uint8 tensor over the memory of a contiguous tensor of any dtype, on any device."""
     storage = tensor.untyped_storage()
     start = tensor.storage_offset() * tensor.element_size()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
-        storage, start, (tensor.numel() * tensor.element_size(),), (1,)
-    )
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (tensor.numel() * tensor.element_size(),), (1,))
 
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -143,8 +143,11 @@ class Storage(ABC):
         """Every regular file of the folder and of its ``base`` folder, as the storage has it now."""
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Remove a file; nothing happens if there is none."""
+    def delete(self, name: str, *, expected: bytes | None = None) -> None:
+        """Remove a file; nothing happens if there is none.
+
+        With ``expected`` only if the file holds exactly these bytes now, else ``FileExistsError``.
+        """
 
     @abstractmethod
     def clock(self) -> float:

@@ -384,10 +384,7 @@ class LocalStorage(Storage):
             temporary = self._write_temporary(folder, last, data, token)
             try:
                 if expected is not None:
-                    # Closing the folder lets go of the lock.
-                    if fcntl is not None:
-                        fcntl.flock(folder, fcntl.LOCK_EX)
-                    self._expect(name, expected)
+                    self._expect(folder, name, expected)
                 os.rename(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):
@@ -395,7 +392,10 @@ class LocalStorage(Storage):
                 raise
             os.fsync(folder)
 
-    def _expect(self, name: str, expected: bytes) -> None:
+    def _expect(self, folder: int, name: str, expected: bytes) -> None:
+        """See that a file holds these bytes, and go on doing so until the folder is closed, which lets go of the lock."""
+        if fcntl is not None:
+            fcntl.flock(folder, fcntl.LOCK_EX)
         try:
             found = self.read(name)
         except FileNotFoundError:
@@ -432,12 +432,14 @@ class LocalStorage(Storage):
                 if not prefix:
                     raise
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, expected: bytes | None = None) -> None:
         with (
             _system_errors(f"removing {name!r} from {self.path!r}"),
             contextlib.suppress(FileNotFoundError),
             self._folder(name) as (folder, last),
         ):
+            if expected is not None:
+                self._expect(folder, name, expected)
             os.unlink(last, dir_fd=folder)
 
     def flush(self) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from expstate.errors import InvalidArgumentError, UnsupportedSchemeError
 from expstate.storage.local import LocalStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from expstate.storage.base import Storage
 
@@ -34,9 +35,9 @@ def parse(path: str | os.PathLike[str]) -> tuple[str, str]:
     >>> parse("runs/step-1"), parse("s3://bucket/run")
     (('fs', 'runs/step-1'), ('s3', 'bucket/run'))
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str) or not text or "\0" in text:
-        msg = f"a snapshot's path must be a text that is not empty, got {text!r}"
+        msg = f"a snapshot's path must be a text that is not empty, or os.PathLike, got {text!r}"
         raise InvalidArgumentError(msg)
     match = _SCHEME.match(text)
     if match is None:
@@ -76,6 +77,9 @@ def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any
     '/tmp/run'
     """
     scheme, rest = parse(path)
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        msg = f"storage_options must be a dict, got {storage_options!r}"
+        raise InvalidArgumentError(msg)
     factory = _factories.get(scheme)
     if factory is None:
         msg = f"no storage is known for {scheme}:// (there are: plain paths, {', '.join(f'{name}://' for name in _factories)})"
