@@ -56,7 +56,14 @@ class PendingSnapshot:
         self.id = take.id
         # Started here, where threads can still be started: the interpreter may be ending when the work is done.
         self._thread = threading.Thread(target=self._run, name=f"expstate-take-{self.id[:8]}")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            # Interrupted: the caller gets nothing to wait for, so nothing may appear.
+            take.cancel()
+            if self._thread.is_alive():
+                self._done.wait()
+            raise
 
     def _run(self) -> None:
         try:

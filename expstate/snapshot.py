@@ -256,12 +256,11 @@ class Snapshot:
         try:
             take.gather()
             take.stage()
+            _warn_of_trust(take)
             return PendingSnapshot(request.storage.url, take, lambda manifest, data: cls._opened(request, manifest, data))
         except BaseException:
             take.abort()
             raise
-        finally:
-            _warn_of_trust(take)
 
     @classmethod
     def _opened(cls, request: TakeRequest, manifest: Manifest, data: bytes) -> Snapshot:

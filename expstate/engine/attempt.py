@@ -7,15 +7,11 @@ exclusively; from then on the snapshot exists, and nothing here removes its file
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from expstate.engine.lease import decode_lease, encode_lease, is_dead
 from expstate.errors import (
     ExpstateError,
     SnapshotExistsError,
@@ -34,73 +30,7 @@ if TYPE_CHECKING:
     from expstate.storage.base import Storage
 
 RENEW_SECONDS = 60.0
-LEASE_SECONDS = 24 * 3600.0
-"""A lease that was not renewed for so long is dead wherever its process is."""
-
 _MOST_TRIES = 10
-
-
-class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Who is at work: the process by host, boot, process namespace, id and start, so that another process can tell whether it lives."""
-
-    id: str
-    action: str
-    host: str
-    boot: str | None
-    namespace: str | None
-    pid: int
-    started: int | None
-    heartbeat: float
-    files: tuple[str, ...] = ()
-
-
-def _first_line(path: str) -> str | None:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.readline().strip()
-    except OSError:
-        return None
-
-
-def boot_id() -> str | None:
-    """What tells this boot of this machine from every other, or None where the system does not say."""
-    return _first_line("/proc/sys/kernel/random/boot_id")
-
-
-def process_namespace() -> str | None:
-    """What tells the process ids of one container from those of another."""
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return None
-
-
-def start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None if there is no such process, or only what is left of a dead one."""
-    line = _first_line(f"/proc/{pid}/stat")
-    # The command's name is in parentheses and may hold anything; then come the process's state and 18 fields later its start.
-    fields = line.rpartition(")")[2].split() if line else []
-    return int(fields[19]) if len(fields) > 19 and fields[0] not in "ZX" else None  # noqa: PLR2004 - see above
-
-
-def is_dead(lease: Lease, modified_at: float, now: float) -> bool:
-    """Whether nobody is at work under this lease any more.
-
-    A process of this boot and namespace is looked for, however old the lease is; any other counts as dead when the lease was not
-    renewed for ``LEASE_SECONDS`` by the storage's clock.
-    """
-    boot = boot_id()
-    if boot is not None and (lease.boot, lease.namespace) == (boot, process_namespace()):
-        return lease.started is None or start_time(lease.pid) != lease.started
-    return now - modified_at > LEASE_SECONDS
-
-
-def decode_lease(data: bytes) -> Lease | None:
-    """The lease in these bytes, or None if they hold none."""
-    try:
-        return msgspec.json.decode(data, type=Lease)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
 
 
 def read_committed(storage: Storage) -> bytes | None:
@@ -154,19 +84,7 @@ class Attempt:
         return names.lease_name(self.token)
 
     def _lease(self) -> bytes:
-        pid = os.getpid()
-        lease = Lease(
-            self.id,
-            self._action,
-            socket.gethostname(),
-            boot_id(),
-            process_namespace(),
-            pid,
-            start_time(pid),
-            time.time(),
-            self._lease_files,
-        )
-        return msgspec.json.encode(lease)
+        return encode_lease(self.id, self._action, self._lease_files)
 
     def begin(self, *, overwrite: bool) -> None:
         """Make the folder, see that the place is free and put the lease there.
@@ -292,6 +210,8 @@ class Attempt:
         except FileExistsError:
             msg = f"someone else took a snapshot to {self._storage.url!r} at the same time and was first"
             raise SnapshotExistsError(msg) from None
+        except FileNotFoundError:
+            raise self._lost_lease() from None
         self.committed = True
 
     def finish(self) -> None:
@@ -316,7 +236,8 @@ class Attempt:
                     self.finish()
                     return
                 # The lease goes last, and only if nothing is left that it could lead to.
-                if not all([self._removed(name) for name in created]):
+                left = [name for name in created if not self._removed(name)]
+                if left:
                     return
                 self._storage.delete(self._lease_name)
             if self._made_folder:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expstate.engine.attempt import decode_lease, is_dead
+from expstate.engine.lease import decode_lease, is_dead
 from expstate.errors import ExpstateError, SnapshotNotFoundError, UnsafePathError
 from expstate.format import manifest as manifests
 from expstate.format import names

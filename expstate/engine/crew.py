@@ -67,8 +67,9 @@ class Crew(Generic[Job]):
         self._work = work
         self._lock = threading.Lock()
         self._stop = stop
-        self._left = threads
-        self._done = threading.Event()
+        self._begun = 0
+        self._ended = 0
+        self._changed = threading.Condition()
         # Not daemons: an interpreter that exits waits until what was promised is written.
         self._threads = [threading.Thread(target=self._run, name=f"expstate-{index}") for index in range(threads)]
 
@@ -78,6 +79,8 @@ class Crew(Generic[Job]):
             thread.start()
 
     def _run(self) -> None:
+        with self._changed:
+            self._begun += 1
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -88,32 +91,52 @@ class Crew(Generic[Job]):
         except BaseException as error:  # noqa: BLE001 - raised again by wait()
             self._stop.set(error)
         finally:
-            with self._lock:
-                self._left -= 1
-                if self._left == 0:
-                    self._done.set()
+            with self._changed:
+                self._ended += 1
+                self._changed.notify_all()
 
     def wait(self) -> None:
         """Wait for the last job; raise the first error. An interrupt stops the threads before it goes on."""
         try:
-            self._done.wait()
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended == len(self._threads))
+            for thread in self._threads:
+                thread.join()
         except BaseException as error:
             self._stop.set(error)
-            self._done.wait()
+            self.join()
             raise
         if self._stop.error is not None:
             raise self._stop.error
         self._stop.check()
 
     def join(self) -> None:
-        """Wait until no thread is at work, whatever came of it."""
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        """Wait until no thread is at work, whatever came of it; what they hold may then be let go.
+
+        An interrupt is put off until then: a thread that goes on behind its caller's back would write to files, or to live state,
+        that are someone else's by now.
+        """
+        interrupt: BaseException | None = None
+        while True:
+            # Not Thread.join, which takes a thread for dead when it is interrupted. One that has not begun finds itself stopped.
+            try:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ended == self._begun)
+            except KeyboardInterrupt as error:
+                interrupt = error
+                continue
+            break
+        if interrupt is not None:
+            raise interrupt
 
 
 def run(jobs: Iterable[Job], work: Callable[[Job], None], threads: int, stop: Stop) -> None:
     """Work through ``jobs`` and wait."""
     crew = Crew(jobs, work, threads, stop)
-    crew.start()
-    crew.wait()
+    try:
+        crew.start()
+        crew.wait()
+    except BaseException as error:
+        stop.set(error)
+        crew.join()
+        raise

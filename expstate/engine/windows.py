@@ -31,7 +31,7 @@ class WriteWindow(msgspec.Struct, frozen=True):
     """A stretch of a data file to stage and write.
 
     The buffer's first byte is the file's byte ``start``; ``fragments`` follow each other from there without holes. ``stop`` is
-    the end of what is written; what is staged may go on to ``staged_stop``.
+    the end of what is written; what is staged may go on to ``staged_stop``. ``nbytes`` counts what no other window digests.
     """
 
     file: int
@@ -39,6 +39,7 @@ class WriteWindow(msgspec.Struct, frozen=True):
     stop: int
     staged_stop: int
     fragments: tuple[Fragment, ...]
+    nbytes: int
 
 
 def write_windows(number: int, file: DataFile, alignment: int, window_bytes: int) -> Iterator[WriteWindow]:
@@ -89,4 +90,4 @@ def _window(number: int, file: DataFile, begin: int, fragments: list[Fragment], 
         position = min(position, first)
         index -= 1
     end = file.boxes[fragments[-1].box].offset + fragments[-1].stop
-    return WriteWindow(number, start, end if last else end // alignment * alignment, end, (*reversed(before), *fragments))
+    return WriteWindow(number, start, end if last else end // alignment * alignment, end, (*reversed(before), *fragments), end - begin)

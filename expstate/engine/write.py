@@ -19,7 +19,7 @@ from expstate.engine.digest import block_digests
 from expstate.engine.memory import Buffer
 from expstate.engine.streams import SideStreams
 from expstate.engine.windows import WriteWindow, write_windows
-from expstate.errors import SnapshotWriteError
+from expstate.errors import SnapshotExistsError, SnapshotWriteError
 from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES
 from expstate.state import tensors
 
@@ -159,7 +159,7 @@ class FilesWriter:
         writer = self._writer(state)
         if window.stop > window.start:
             writer.write(window.start, buffer.view[: window.stop - window.start])
-        self._written(sum(item.stop - item.start for item in window.fragments if item.digest))
+        self._written(window.nbytes)
         with state.lock:
             state.left -= 1
             is_last = state.left == 0
@@ -171,10 +171,22 @@ class FilesWriter:
             if state.writer is None:
                 with self._create_lock:
                     self._stop.check()
-                    state.writer = self._storage.create_file(state.file.name, state.file.size)
-                    self.created.append(state.file.name)
+                    state.writer = self._create(state.file)
                 self._write_header(state.file, state.writer)
             return state.writer
+
+    def _create(self, file: DataFile) -> FileWriter:
+        # Noted before it is there: an interrupt may come right after.
+        self.created.append(file.name)
+        try:
+            return self._storage.create_file(file.name, file.size)
+        except FileExistsError:
+            self.created.remove(file.name)
+            msg = f"a file {file.name!r} is in {self._storage.url!r} already, which is not of this take"
+            raise SnapshotExistsError(msg) from None
+        except FileNotFoundError:
+            msg = f"the folder {self._storage.url!r} is gone: someone removed it while the take was at work"
+            raise SnapshotWriteError(msg) from None
 
     def _write_header(self, file: DataFile, writer: FileWriter) -> None:
         # Direct writes need aligned memory, and a bytes object lies anywhere.
@@ -215,7 +227,6 @@ class FilesWriter:
 
         # Started before the copies: a thread takes long to start on a machine whose cores are busy writing.
         self._behind = crew.Crew(_until_end(staged), behind, self._threads, self._stop)
-        self._behind.start()
         fits = len(self._windows) <= self._staging.count
         held: list[_Staged] = []
 
@@ -231,12 +242,16 @@ class FilesWriter:
                 staged.put(item)
 
         try:
+            self._behind.start()
             crew.run(self._windows, ahead, self._threads, self._stop)
             for item in held:
                 for event in item.events:
                     event.synchronize()
             self._streams.join()
             self._sources = ()  # live state is not kept alive by a take that is still being written
+        except BaseException as error:
+            self._stop.set(error)
+            raise
         finally:
             # What fits is digested and written afterwards, so that it does not slow the copies.
             for item in held if fits else ():

@@ -48,12 +48,12 @@ class Codec(ABC):
         ``UnsupportedValueError`` refuses the value; ``NotPlainError`` leaves it to ``torch.save``.
         """
 
-    def merge(self, meta: Any, live_meta: Any) -> Any:
-        """Metadata for the live parts with some of the snapshot's put over them; ``ValueError`` if they do not go together."""
+    def merge(self, meta: Any, parts: Parts, live_meta: Any, live_parts: Parts) -> tuple[Any, Parts]:
+        """Metadata and parts of the live value with some of the snapshot's put over them; ``ValueError`` if they do not go together."""
         if meta != live_meta:
             msg = f"a {self.name} can be restored in part only over one of the same form"
             raise ValueError(msg)
-        return meta
+        return meta, live_parts | parts
 
     @abstractmethod
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
@@ -98,6 +98,16 @@ def by_name(name: str) -> Codec:
 # Containers of the language
 
 
+def _key(keys: dict[str, Any], part: str) -> Any:
+    """The encoded key behind a part of a path: kept beside it, or read off it."""
+    return keys[part] if part in keys else encode(paths.unquote(part))
+
+
+def _keys(meta: Any) -> Any:
+    """The keys in the metadata of a dict, which may hold more than them."""
+    return meta["keys"] if isinstance(meta, dict) else meta
+
+
 class _Dict(Codec):
     name = "dict"
     opaque = False
@@ -118,6 +128,17 @@ class _Dict(Codec):
             raise UnsupportedValueError(msg) from None
         return meta, dict(zip(parts, value.values(), strict=True))
 
+    def merge(self, meta: Any, parts: Parts, live_meta: Any, live_parts: Parts) -> tuple[Any, Parts]:
+        keys, live_keys = dict(meta or ()), dict(live_meta or ())
+        for part in parts:
+            if part in live_parts and _key(keys, part) != _key(live_keys, part):
+                msg = f"its key {part!r} is of another type in the snapshot than in the live {self.name}"
+                raise ValueError(msg)
+        merged = live_parts | parts
+        if meta is None and live_meta is None:
+            return None, merged
+        return [[part, _key(keys if part in parts else live_keys, part)] for part in merged], merged
+
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:  # noqa: ARG002 - containers are rebuilt
         if meta is None:
             return self.kind((paths.unquote(part), value) for part, value in parts.items())
@@ -137,6 +158,10 @@ class _OrderedDict(_Dict):
             return keys, parts
         known = [[name, entry.get("version")] for name, entry in versions.items() if isinstance(entry, dict)]
         return {"keys": keys, "versions": known}, parts
+
+    def merge(self, meta: Any, parts: Parts, live_meta: Any, live_parts: Parts) -> tuple[Any, Parts]:
+        keys, merged = super().merge(_keys(meta), parts, _keys(live_meta), live_parts)
+        return {**live_meta, "keys": keys} if isinstance(live_meta, dict) else keys, merged
 
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
         if not isinstance(meta, dict):
@@ -164,6 +189,10 @@ class _DefaultDict(_Dict):
             raise NotPlainError(msg)
         keys, parts = super().flatten(value)
         return {"keys": keys, "factory": factory and factory.__name__}, parts
+
+    def merge(self, meta: Any, parts: Parts, live_meta: Any, live_parts: Parts) -> tuple[Any, Parts]:
+        keys, merged = super().merge(_keys(meta), parts, _keys(live_meta), live_parts)
+        return {**live_meta, "keys": keys}, merged
 
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
         factory = None if meta["factory"] is None else _FACTORIES[meta["factory"]]
@@ -198,6 +227,17 @@ class _Sequence(Codec):
     def flatten(self, value: Any) -> tuple[Any, Parts]:
         return None, {str(index): item for index, item in enumerate(value)}
 
+    def merge(self, meta: Any, parts: Parts, live_meta: Any, live_parts: Parts) -> tuple[Any, Parts]:
+        meta, merged = super().merge(meta, parts, live_meta, live_parts)
+        if issubclass(self.kind, (set, frozenset)):
+            msg = f"the members of a {self.name} have no places, so it is restored as a whole"
+            raise ValueError(msg)
+        missing = next((index for index in range(len(merged)) if str(index) not in merged), None)
+        if missing is not None:
+            msg = f"the live {self.name} has {len(live_parts)} items, so item {missing} would be missing"
+            raise ValueError(msg)
+        return meta, {str(index): merged[str(index)] for index in range(len(merged))}
+
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:  # noqa: ARG002 - containers are rebuilt
         return self.kind(_in_order(parts))
 
@@ -222,6 +262,14 @@ class _NamedTuple(Codec):
         cls = type(value)
         meta = {"module": cls.__module__, "class": cls.__qualname__, "fields": list(cls._fields)}
         return meta, dict(zip(cls._fields, value, strict=True))
+
+    def merge(self, meta: Any, parts: Parts, live_meta: Any, live_parts: Parts) -> tuple[Any, Parts]:
+        meta, merged = super().merge(meta, parts, live_meta, live_parts)
+        missing = [field for field in meta["fields"] if field not in merged]
+        if missing:
+            msg = f"field {missing[0]!r} would be missing"
+            raise ValueError(msg)
+        return meta, merged
 
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:  # noqa: ARG002 - containers are rebuilt
         fields = tuple(meta["fields"])

@@ -122,9 +122,6 @@ class _Generator(Codec):
         sequence = getattr(bits, "seed_seq", None)
         return {"state": encode_tree(encode_state(bits.state)), "sequence": _encode_sequence(sequence)}, {}
 
-    def merge(self, meta: Any, live_meta: Any) -> Any:  # noqa: ARG002 - the state is the whole
-        return meta
-
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:  # noqa: ARG002 - a generator has no parts
         state, sequence = decode_state(decode(meta["state"])), _decode_sequence(meta["sequence"])
         if live is None or type(live.bit_generator).__name__ != state["bit_generator"]:
@@ -154,9 +151,6 @@ class _RandomState(Codec):
 
     def flatten(self, value: Any) -> tuple[Any, Parts]:
         return {"state": encode_tree(encode_state(value.get_state(legacy=False)))}, {}
-
-    def merge(self, meta: Any, live_meta: Any) -> Any:  # noqa: ARG002 - the state is the whole
-        return meta
 
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:  # noqa: ARG002 - a generator has no parts
         state = decode_state(decode(meta["state"]))

@@ -136,9 +136,6 @@ class _Generator(Codec):
     def flatten(self, value: Any) -> tuple[Any, Parts]:
         return {"device": str(value.device)}, {"state": value.get_state()}
 
-    def merge(self, meta: Any, live_meta: Any) -> Any:  # noqa: ARG002 - the state is the whole
-        return meta
-
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
         device = torch.device(meta["device"])
         state = tensor_part(parts, "state").cpu()

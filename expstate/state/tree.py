@@ -258,9 +258,7 @@ def _build_container(
     now = live.get(path)
     try:
         if kept is not None and path in kept:
-            live_meta, live_parts = codec.flatten(now)
-            meta = codec.merge(meta, live_meta)
-            parts = live_parts | parts
+            meta, parts = codec.merge(meta, parts, *codec.flatten(now))
         return codec.build(meta, parts, now if codec.accepts(now) else None)
     except ExpstateError as error:
         msg = f"entry {path!r}: {error}"
