@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expstate.engine.lease import decode_lease, is_dead
-from expstate.errors import ExpstateError, SnapshotNotFoundError, UnsafePathError
+from expstate.errors import ExpstateError, ManifestError, SnapshotNotFoundError, UnsafePathError
 from expstate.format import manifest as manifests
 from expstate.format import names
 from expstate.storage import registry
@@ -121,8 +121,8 @@ def _dead(storage: Storage, files: dict[str, FileInfo], lease_name: str, needed:
     assert attempt is not None
     try:
         lease = decode_lease(storage.read(lease_name, limit=2**26))
-    except FileNotFoundError:
-        return None  # it ended just now
+    except (FileNotFoundError, ManifestError):
+        return None  # it ended just now, or no take has written it
     if lease is None or names.attempt_of(lease.id) != attempt or not is_dead(lease, files[lease_name].modified_at, storage.clock()):
         return None
     named = set()

@@ -9,21 +9,22 @@ from expstate import settings
 from expstate.engine import crew, memory
 from expstate.engine.attempt import Attempt
 from expstate.engine.digest import block_digests
+from expstate.engine.verify import check_headers
 from expstate.engine.windows import WriteWindow, write_windows
-from expstate.errors import SnapshotCorruptError, SnapshotWriteError
+from expstate.errors import SnapshotCorruptError, SnapshotExistsError, SnapshotWriteError
 from expstate.format import names
 from expstate.format.layout import DataFile, PlacedBox
-from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, ObjectEntry, TensorEntry
+from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, MAX_BYTES, ObjectEntry, TensorEntry
 from expstate.progress import Progress, ProgressOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from expstate.engine.source import SnapshotSource
-    from expstate.storage.base import FileReader, Storage
+    from expstate.storage.base import FileReader, FileWriter, Storage
 
 _FILLING = -1
-"""``PlacedBox.source`` of bytes between boxes, and of digests, which were checked before."""
+"""``PlacedBox.source`` of headers, digests and bytes between boxes, which were checked before."""
 
 
 class _Copy:
@@ -36,12 +37,22 @@ class _Copy:
         self._threads = min(settings.current().thread_count, staging.count)
         self.created: list[str] = []
 
+    def _create(self, file: DataFile) -> FileWriter:
+        # Noted before it is there: an interrupt may come right after.
+        self.created.append(file.name)
+        try:
+            return self._target.create_file(file.name, file.size)
+        except FileExistsError:
+            self.created.remove(file.name)
+            msg = f"a file {file.name!r} is in {self._target.url!r} already, without a snapshot; copy to another path, or remove it"
+            raise SnapshotExistsError(msg) from None
+        except FileNotFoundError:
+            msg = f"the folder {self._target.url!r} is gone: someone removed it while the copy was at work"
+            raise SnapshotWriteError(msg) from None
+
     def copy_file(self, number: int, reader: FileReader, file: DataFile, digests: Sequence[bytes], entry_paths: Sequence[str]) -> None:
         """Copy one data file and check every block of it."""
-        header = bytearray(len(file.header))
-        reader.read_into(0, memoryview(header))
-        writer = self._target.create_file(file.name, file.size)
-        self.created.append(file.name)
+        writer = self._create(file)
 
         def work(window: WriteWindow) -> None:
             with self._staging.lend(self._stop) as buffer:
@@ -63,11 +74,6 @@ class _Copy:
                 self._attempt.renew()
 
         try:
-            with self._staging.lend(self._stop) as buffer:
-                for start in range(0, len(header), self._staging.window_bytes):
-                    part = header[start : start + self._staging.window_bytes]
-                    buffer.view[: len(part)] = part
-                    writer.write(start, buffer.view[: len(part)])
             windows = list(write_windows(number, file, self._target.alignment, self._staging.window_bytes))
             crew.run(windows, work, max(1, min(self._threads, len(windows))), self._stop)
             for start, stop in writer.finish():
@@ -91,12 +97,13 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
     """Copy a snapshot to another folder, which is then the same snapshot with the same id; as ``Snapshot.copy`` documents it."""
     manifest = source.manifest
     attempt = Attempt(target, manifest.id, "copy")
-    attempt.begin(overwrite=False)
     staging = memory.Staging(budget, settings.current().thread_count)
     bar = Progress("copy", sum(record.size for record in manifest.files), progress)
     work = _Copy(target, staging, attempt, bar)
     try:
+        attempt.begin(overwrite=False)
         with source.opened() as opened:
+            check_headers(opened)
             files, digests, entry_paths = _files(opened)
             for number, file in enumerate(files):
                 reader = opened.files[number]
@@ -104,7 +111,7 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
                 work.copy_file(number, reader, file, digests, entry_paths)
         attempt.commit(data, {record.name: record.size for record in manifest.files})
         with contextlib.suppress(FileNotFoundError, FileExistsError):
-            target.create(names.ANNOTATIONS, source.storage.read(names.ANNOTATIONS), token=attempt.token)
+            target.create(names.ANNOTATIONS, source.storage.read(names.ANNOTATIONS, limit=MAX_BYTES), token=attempt.token)
         attempt.finish()
     except BaseException:
         attempt.abort(work.created)
@@ -117,7 +124,8 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
 def _files(source: SnapshotSource) -> tuple[list[DataFile], list[bytes], list[str]]:
     """The data files as a take lays them out, with digests and paths by ``PlacedBox.source``."""
     manifest = source.manifest
-    files = [DataFile(record.name, bytes(record.header_bytes), record.size) for record in manifest.files]
+    # Headers are copied with what is between the boxes, as they are: nothing of a file is left out.
+    files = [DataFile(record.name, b"", record.size) for record in manifest.files]
     digests: list[bytes] = []
     entry_paths: list[str] = []
     for entry in manifest.entries:
@@ -134,7 +142,7 @@ def _files(source: SnapshotSource) -> tuple[list[DataFile], list[bytes], list[st
 
 def _filled(file: DataFile) -> list[PlacedBox]:
     filled = []
-    position = len(file.header)
+    position = 0
     for box in [*sorted(file.boxes, key=lambda box: box.offset), PlacedBox(_FILLING, 0, 0, file.size)]:
         if box.offset > position:
             filled.append(PlacedBox(_FILLING, 0, box.offset - position, position))

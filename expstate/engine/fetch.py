@@ -10,7 +10,7 @@ from expstate import settings
 from expstate.engine import crew, memory
 from expstate.engine.devices import usable_device
 from expstate.engine.read import PieceReader, Read
-from expstate.errors import InvalidArgumentError, PickleNotAllowedError, RestoreMismatchError
+from expstate.errors import InvalidArgumentError, ManifestError, PickleNotAllowedError, RestoreMismatchError
 from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry, ValueEntry
 from expstate.progress import Progress
 from expstate.state import numpy_arrays, tensors, tree
@@ -34,10 +34,19 @@ def allocate(entry: TensorEntry, device: torch.device, shape: tuple[int, ...] | 
         Where a tensor goes; arrays are on the host.
     shape : tuple of int, optional
         Another shape than the entry's: rows of it.
+
+    Raises
+    ------
+    ManifestError
+        If NumPy does not know the dtype.
     """
     shape = entry.shape if shape is None else shape
     if entry.kind == "numpy":
-        return numpy_arrays.empty(entry.dtype, shape)
+        try:
+            return numpy_arrays.empty(entry.dtype, shape)
+        except (TypeError, ValueError, OverflowError) as error:
+            msg = f"entry {entry.path!r} is of a dtype that NumPy does not make arrays of: {entry.dtype!r}"
+            raise ManifestError(msg) from error
     tensor = torch.empty(shape, dtype=tensors.DTYPES[entry.dtype], device=device)
     if entry.kind == "parameter":
         return torch.nn.Parameter(tensor, requires_grad=entry.requires_grad), tensor
@@ -134,11 +143,10 @@ def read_tensor(
     assert isinstance(resolved, TensorEntry)
     span = _rows(resolved, rows)
     shape = resolved.shape if span is None else (len(span), *resolved.shape[1:])
-    if out is None:
-        value, tensor = allocate(resolved, device or usable_device(resolved.device), shape)
-    else:
-        value, tensor = out, _checked_out(resolved, out, shape)
+    given = None if out is None else _checked_out(resolved, out, shape)
     with source.opened(source.files_of([resolved])) as opened:
+        # Only now is it sure that the files are as large as the manifest says, so that memory for their bytes may be asked for.
+        value, tensor = (out, given) if given is not None else allocate(resolved, device or usable_device(resolved.device), shape)
         reads = opened.reads(resolved, tensor) if span is None else opened.row_reads(resolved, span, tensor)
         read_all(opened, list(reads), budget, verify=verify)
     return value

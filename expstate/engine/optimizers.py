@@ -12,6 +12,7 @@ import torch
 from expstate.engine.devices import usable_device
 from expstate.errors import ExpstateError
 from expstate.format.manifest import ContainerEntry, Entry, TensorEntry, ValueEntry
+from expstate.state import paths
 from expstate.state.values import decode
 
 if TYPE_CHECKING:
@@ -68,14 +69,14 @@ def must_fit(stateful: object, path: str) -> bool:
 
 def check(optimizer: torch.optim.Optimizer, live_state: Any, entries: Sequence[Entry], root: str) -> list[str]:
     """Problems with groups, counts of parameters and shapes of state."""
-    groups = sum(1 for entry in entries if isinstance(entry, ContainerEntry) and entry.path.startswith(f"{root}/param_groups/"))
+    groups = sum(1 for entry in entries if isinstance(entry, ContainerEntry) and paths.parent(entry.path) == f"{root}/param_groups")
     live_groups = live_state.get("param_groups", []) if isinstance(live_state, dict) else []
     problems = []
     if groups != len(live_groups):
         problems.append(f"key {root!r}: the snapshot has {groups} parameter groups and the live optimizer {len(live_groups)}")
     parameters = _parameters(optimizer)
     for entry in entries:
-        if isinstance(entry, ValueEntry) and entry.path.startswith(f"{root}/param_groups/") and entry.path.endswith("/params"):
+        if entry.path.startswith(f"{root}/param_groups/") and entry.path.endswith("/params"):
             problems += _check_group(entry, root, live_groups)
         place = _place(entry.path, root)
         if isinstance(entry, TensorEntry) and place is not None and place[1] in _PARAMETER_SHAPED and place[0] < len(parameters):
@@ -85,13 +86,14 @@ def check(optimizer: torch.optim.Optimizer, live_state: Any, entries: Sequence[E
     return problems
 
 
-def _check_group(entry: ValueEntry, root: str, live_groups: list[dict[str, Any]]) -> list[str]:
+def _check_group(entry: Entry, root: str, live_groups: list[dict[str, Any]]) -> list[str]:
     number = entry.path.removeprefix(f"{root}/param_groups/").partition("/")[0]
     if not number.isdigit() or int(number) >= len(live_groups):
         return []
     try:
-        stored = len(decode(entry.value))
-    except (ExpstateError, TypeError):
+        # A long list is stored as a tensor and says its length itself.
+        stored = len(decode(entry.value)) if isinstance(entry, ValueEntry) else int(entry.meta["length"])  # type: ignore[union-attr]
+    except (ExpstateError, AttributeError, LookupError, TypeError, ValueError):
         return [f"entry {entry.path!r} is not a list of parameters"]
     live = len(live_groups[int(number)]["params"])
     if stored == live:

@@ -7,13 +7,13 @@ raised.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
-from expstate.engine import match, optimizers
+from expstate.engine import match, meta, optimizers
 from expstate.engine.devices import usable_device
 from expstate.errors import ExpstateError
 from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry, ValueEntry
@@ -40,8 +40,7 @@ class RestoreOptions:
     device: torch.device | None
 
 
-@dataclass(slots=True)
-class Placement:
+class Placement(msgspec.Struct, eq=False):
     """A tensor or array to read: the entry (aliases resolved), and the live one to read it into or where to make a new one."""
 
     path: str
@@ -51,11 +50,18 @@ class Placement:
     device: torch.device
     value: Any = None
     tensor: torch.Tensor | None = None
+    array: Any = None
+    """The live NumPy array of another dtype that the values are converted to when they have been read."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is read into memory that does not exist yet."""
+        return self.live is None or self.live.tensor.is_meta
 
     @property
     def is_cast(self) -> bool:
         """Whether values are converted."""
-        return self.live is not None and self.live.dtype != self.entry.dtype
+        return self.array is not None or (self.live is not None and self.live.dtype != self.entry.dtype)
 
 
 @dataclass(slots=True)
@@ -63,7 +69,7 @@ class KeyPlan:
     """How one key comes back.
 
     ``items`` are, in order, paths with a container entry, a ``Placement``, an ``ObjectEntry`` still to be decoded, or a finished
-    value in a one-tuple.
+    value in a one-tuple; without any, nothing of the key comes back and its stateful is left alone.
     """
 
     key: str
@@ -77,7 +83,13 @@ class KeyPlan:
     unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
+    on_meta: dict[str, torch.Tensor] = field(default_factory=dict)
     is_full: bool = True
+
+    def sharing(self, placement: Placement) -> tuple[str, int]:
+        """Equal for placements that are one tensor in new memory: tied in the live module, else in the snapshot."""
+        live = self.on_meta.get(placement.path)
+        return ("stored", id(placement.entry)) if live is None else ("live", id(live))
 
 
 class _KeyPlanner:
@@ -86,7 +98,7 @@ class _KeyPlanner:
         self._options = options
         self._root = paths.quote(key)
         self._is_module = isinstance(stateful, torch.nn.Module)
-        self._plan = KeyPlan(key, stateful, live_state)
+        self._plan = KeyPlan(key, stateful, live_state, on_meta=meta.on_meta(stateful, self._root))
         self._live: dict[str, tree.Leaf] = {leaf.path: leaf for leaf in tree.flatten(key, live_state, allow_meta=True)}
         self._device_of = self._device_rule(stateful)
 
@@ -102,8 +114,13 @@ class _KeyPlanner:
     def plan(self, selected: Callable[[str], bool] | None) -> KeyPlan:
         """Match every entry; the plan with its problems."""
         entries = self._source.subtree(self._root)
+        if self._is_module and not _is_dict(entries[0]):
+            self._plan.problems.append(f"key {self._plan.key!r} is not the state of a module in the snapshot, and a module live")
+            return self._plan
         owners = _owners(entries)
         chosen = self._choose(entries, owners, selected)
+        if not chosen:
+            return self._plan
         mapped = self._map(entries, chosen)
         partial = _containers_of(entry.path for entry in entries if entry.path not in chosen)
         misfits: set[str] = set()
@@ -117,6 +134,7 @@ class _KeyPlanner:
                     misfits.add(entry.path)
             else:
                 self._add_leaf(entry, path, in_place=owners.get(entry.path) not in misfits)
+        self._check_merges(partial)
         self._plan.problems += self._check_optimizer(entries)
         return self._plan
 
@@ -140,7 +158,12 @@ class _KeyPlanner:
         plan, options = self._plan, self._options
         targets = {entry.path: entry.path for entry in entries if entry.path in chosen}
         if options.rename:
-            targets = {path: match.renamed(path, options.rename) for path in targets}
+            # A prefix that ends where a container does takes the container along.
+            inner = {entry.path for entry in entries if isinstance(entry, ContainerEntry)}
+            targets = {
+                path: match.renamed(f"{path}/", options.rename).removesuffix("/") if path in inner else match.renamed(path, options.rename)
+                for path in targets
+            }
         targets[self._root] = self._root
         if self._is_module:
             stored = list(dict.fromkeys(match.name_of(path) for path in targets.values() if path != self._root))
@@ -151,7 +174,24 @@ class _KeyPlanner:
         clashes = len(targets) - len(set(targets.values()))
         if clashes:
             plan.problems.append(f"key {plan.key!r}: the rename gives {clashes:,} entries a name that another has already")
+        if options.rename:
+            self._check_rename(entries, targets)
         return targets
+
+    def _check_rename(self, entries: list[Entry], targets: Mapping[str, str]) -> None:
+        """Renamed entries must be items of something that has names."""
+        containers = {targets[entry.path]: entry for entry in entries if isinstance(entry, ContainerEntry) and entry.path in targets}
+        for path, target in targets.items():
+            if path in {target, self._root}:
+                continue
+            container = containers.get(paths.parent(target))
+            what = f"entry {path!r} would be renamed to {target!r}"
+            if container is None:
+                self._plan.problems.append(f"{what}, and nothing of the snapshot is above that")
+            elif path.rpartition("/")[2] != target.rpartition("/")[2] and not (
+                _is_dict(container) and codecs.has_plain_keys(container.meta)
+            ):
+                self._plan.problems.append(f"{what}, and the items of {container.path!r} have no names")
 
     def _moved(self, path: str, names: Mapping[str, str]) -> str | None:
         if path == self._root:
@@ -170,8 +210,10 @@ class _KeyPlanner:
             return
         for what, found in (("lacks", plan.missing), ("has names that the live module has not:", unexpected)):
             if found:
-                plan.problems.append(f"key {plan.key!r}: the snapshot {what} {_some(found)}")
+                plan.problems.append(f"key {plan.key!r}: the snapshot {what} {some(found)}")
         rename = match.suggest_rename([name for name in live if name not in matched], unexpected)
+        if rename and "" in rename:
+            rename = {f"{self._root}/": f"{self._root}/{rename['']}"}  # a prefix for all names is for this key's alone
         if rename:
             plan.problems.append(f"key {plan.key!r}: only a prefix differs; pass rename={rename!r}")
 
@@ -181,15 +223,31 @@ class _KeyPlanner:
         plan = self._plan
         plan.items.append((path, entry))
         live = self._live.get(path)
-        if not isinstance(live, tree.Container):
+        if isinstance(live, tree.Container):
+            plan.live_values[path] = live.value
+        if not is_partial or live is None or (self._is_module and path == self._root):
             return
-        plan.live_values[path] = live.value
-        if is_partial and not (self._is_module and path == self._root):
-            if live.type != entry.type:
-                plan.problems.append(
-                    f"entry {entry.path!r} is a {entry.type} in the snapshot and a {live.type} live: it cannot be restored in part"
-                )
+        if isinstance(live, tree.Container) and live.type == entry.type:
             plan.kept[path] = tree.Part(path, entry.type, entry.meta, live.value)
+        else:
+            found = live.type if isinstance(live, tree.Container) else type(live.value).__name__
+            plan.problems.append(f"entry {entry.path!r}, a {entry.type} and live a {found}, cannot be restored in part")
+
+    def _check_merges(self, partial: set[str]) -> None:
+        """Containers of which only a part comes back must be whole afterwards."""
+        plan = self._plan
+        children: dict[str, codecs.Parts] = {}
+        for path, _ in plan.items:
+            children.setdefault(paths.parent(path), {})[path.rpartition("/")[2]] = None
+        for path, item in plan.items:
+            if not isinstance(item, ContainerEntry) or item.path not in partial or (self._is_module and path == self._root):
+                continue
+            codec = codecs.by_name(item.type)
+            live_meta, live_parts = codec.flatten(plan.kept[path].value) if path in plan.kept else (item.meta, {})
+            try:
+                codec.merge(item.meta, children.get(path, {}), live_meta, live_parts)
+            except Exception as error:  # noqa: BLE001 - the metadata comes from a file
+                plan.problems.append(f"entry {item.path!r} cannot be restored in part: {error}")
 
     def _fits(self, entry: ContainerEntry, path: str) -> bool:
         live = self._live.get(path)
@@ -198,20 +256,22 @@ class _KeyPlanner:
     def _add_leaf(self, entry: Entry, path: str, *, in_place: bool) -> None:
         plan = self._plan
         plan.stored_paths.append(entry.path)
-        if isinstance(entry, ValueEntry):
-            try:
-                plan.items.append((path, (decode(entry.value),)))
-            except ExpstateError as error:
-                plan.problems.append(f"entry {entry.path!r}: {error}")
-        elif isinstance(entry, ObjectEntry):
-            plan.items.append((path, entry))
-        elif isinstance(entry, (TensorEntry, AliasEntry)):
+        if isinstance(entry, (TensorEntry, AliasEntry)):
             tensor = self._source.resolve(entry)
             assert isinstance(tensor, TensorEntry)
             live = self._live_array(entry.path, tensor, path) if in_place else None
             placement = Placement(path, entry.path, tensor, live, self._device_of(path, tensor.device))
+            if live is not None and live.kind == "numpy" and live.dtype != tensor.dtype:
+                placement.live, placement.array = None, live.value
             plan.placements.append(placement)
             plan.items.append((path, placement))
+        elif isinstance(entry, ObjectEntry):
+            plan.items.append((path, entry))
+        elif isinstance(entry, ValueEntry):
+            try:
+                plan.items.append((path, (decode(entry.value),)))
+            except ExpstateError as error:
+                plan.problems.append(f"entry {entry.path!r}: {error}")
 
     def _live_array(self, stored_path: str, entry: TensorEntry, path: str) -> tree.Array | None:
         """The live tensor or array that the entry can be read into; problems where there is one that should fit and does not."""
@@ -228,9 +288,10 @@ class _KeyPlanner:
             if self._is_module or optimizers.must_fit(self._plan.stateful, path):
                 self._plan.problems.append(f"entry {stored_path!r} has shape {entry.shape} in the snapshot and {leaf.shape} live")
             return None
-        if leaf.dtype != entry.dtype and not (self._options.cast and entry.kind != "numpy"):
-            hint = "" if entry.kind == "numpy" else "; pass cast=True to convert"
-            self._plan.problems.append(f"entry {stored_path!r} has dtype {entry.dtype} in the snapshot and {leaf.dtype} live{hint}")
+        if leaf.dtype != entry.dtype and not self._options.cast:
+            if not _is_text(leaf.dtype, entry.dtype):
+                hint = "pass cast=True to convert"
+                self._plan.problems.append(f"entry {stored_path!r} has dtype {entry.dtype} in the snapshot and {leaf.dtype} live; {hint}")
             return None
         if not _is_in_place(leaf):
             if self._is_module:
@@ -249,6 +310,8 @@ class _KeyPlanner:
 def _owners(entries: list[Entry]) -> dict[str, str]:
     """For each entry that is, or is part of, an object stored in parts: the path of the outermost such object."""
     owners: dict[str, str] = {}
+    if not any(isinstance(entry, ContainerEntry) and codecs.by_name(entry.type).opaque for entry in entries):
+        return owners
     for entry in entries:
         owner = owners.get(paths.parent(entry.path))
         if owner is None and isinstance(entry, ContainerEntry) and codecs.by_name(entry.type).opaque:
@@ -269,13 +332,23 @@ def _containers_of(found: Iterable[str]) -> set[str]:
     return above
 
 
+def _is_dict(entry: Entry) -> bool:
+    return isinstance(entry, ContainerEntry) and entry.type in {"dict", "OrderedDict", "defaultdict", "Counter"}
+
+
+def _is_text(one: str, other: str) -> bool:
+    """Whether both are NumPy dtypes of texts, which differ as soon as the longest of them does."""
+    return one[1:2] == other[1:2] and one[1:2] in {"U", "S"} and one[0] in "<>|="
+
+
 def _is_in_place(leaf: tree.Array) -> bool:
     if leaf.kind == "numpy":
         return bool(leaf.value.flags.c_contiguous and leaf.value.flags.writeable)
     return leaf.address is not None or tensors.is_writable_in_place(leaf.tensor)
 
 
-def _some(found: list[str], most: int = 10) -> str:
+def some(found: list[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are."""
     shown = ", ".join(map(repr, found[:most]))
     return shown if len(found) <= most else f"{shown} and {len(found) - most:,} more"
 
@@ -302,51 +375,3 @@ def plan_key(
         With the problems found.
     """
     return _KeyPlanner(source, key, stateful, live_state, options).plan(selected)
-
-
-def aim(plans: list[KeyPlan]) -> tuple[list[Placement], list[str]]:
-    """What to read, and problems where two different entries aim at one live memory.
-
-    Entries with equal bytes that go to the very same memory (tied tensors that were taken untied) are read once.
-    """
-    found = [placement for plan in plans for placement in plan.placements]
-    spans = []
-    for number, placement in enumerate(found):
-        tensor = placement.live.tensor if placement.live is not None else None
-        if tensor is None or tensor.is_meta or not tensor.numel():
-            continue
-        assert placement.live is not None
-        at = placement.live.address
-        if at is not None:
-            spans.append((0, at, at + placement.live.nbytes, number))
-        else:
-            start = tensor.data_ptr()
-            spans.append((0 if tensor.is_cpu else 1 + (tensor.device.index or 0), start, start + _extent(tensor), number))
-    spans.sort()
-    twice: set[int] = set()
-    problems = []
-    for (device, start, stop, first), (other_device, other_start, other_stop, second) in itertools.pairwise(spans):
-        if device != other_device or other_start >= stop:
-            continue
-        one, other = found[first], found[second]
-        assert one.live is not None
-        assert other.live is not None
-        same_place = (start, stop) == (other_start, other_stop) and one.live.tensor.stride() == other.live.tensor.stride()
-        if same_place and _same_bytes(one.entry, other.entry):
-            twice.add(second)
-        # Views that interleave, such as the columns of one matrix, have overlapping extents and no element in common.
-        elif same_place or (one.live.tensor.is_contiguous() and other.live.tensor.is_contiguous()):
-            problems.append(f"entries {one.stored_path!r} and {other.stored_path!r} differ, and their live tensors are the same memory")
-    return [placement for number, placement in enumerate(found) if number not in twice], problems
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to its last."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
-    last = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (1 + last) * tensor.element_size()
-
-
-def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
-    return one is other or (one.dtype == other.dtype and [box.digest for box in one.boxes] == [box.digest for box in other.boxes])

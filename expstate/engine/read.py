@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from blake3 import blake3
 
+from expstate import collector
 from expstate.engine import crew
 from expstate.engine.streams import SideStreams
 from expstate.errors import SnapshotCorruptError, StorageError
@@ -199,7 +200,8 @@ class PieceReader:
     def run(self, reads: Sequence[Read]) -> None:
         """Do all reads; returns when the values are in place, or on an accelerator when what is queued next will see them."""
         self._streams = SideStreams(read.target.tensor.device for read in reads if read.target is not None and read.target.address is None)
-        jobs = windows(reads, self._staging.window_bytes)
+        with collector.paused():
+            jobs = windows(reads, self._staging.window_bytes)
         self._left = {id(job): job for job in jobs}
         try:
             crew.run(jobs, self._do, max(1, min(self._threads, self._staging.count, len(jobs))), self._stop)

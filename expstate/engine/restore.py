@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expstate import collector, settings
-from expstate.engine import crew, memory
+from expstate.engine import crew, memory, meta
+from expstate.engine.aim import aim
 from expstate.engine.fetch import allocate, read_object_bytes
-from expstate.engine.plan import KeyPlan, Placement, RestoreOptions, aim, plan_key
+from expstate.engine.plan import KeyPlan, Placement, RestoreOptions, plan_key, some
 from expstate.engine.read import PieceReader, Read
 from expstate.engine.report import RestoreReport
 from expstate.engine.source import find_key
@@ -28,7 +29,7 @@ from expstate.state.objects import unpickle_object
 from expstate.state.stateful import RNGState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from expstate.engine.source import SnapshotSource
     from expstate.state.stateful import Stateful
@@ -44,6 +45,7 @@ class _Restore:
         self._plans: list[KeyPlan] = []
         self._placements: list[Placement] = []
         self._reader: PieceReader | None = None
+        self._copied: set[int] = set()
         self._loaded: list[KeyPlan] = []
         self.nbytes = 0
 
@@ -55,7 +57,9 @@ class _Restore:
         selected = self._selection(set(roots.values()))
         states = state_dicts(app_state)
         for key, stateful in app_state.items():
-            self._plans.append(plan_key(self._source, key, stateful, states[key], self._options, selected))
+            plan = plan_key(self._source, key, stateful, states[key], self._options, selected)
+            if plan.items or plan.problems:
+                self._plans.append(plan)
 
     def _selection(self, roots: set[str]) -> Callable[[str], bool] | None:
         options = self._options
@@ -87,7 +91,7 @@ class _Restore:
                         plan.items[index] = (path, (unpickle_object(data, trust=self._options.trust),))
                     except PickleNotAllowedError as error:
                         refused.append(f"entry {item.path!r} ({item.type}): {error}")
-            plan.problems += _meta_left(plan)
+            self._check_meta(plan)
         self._placements, overlaps = aim(self._plans)
         problems = [problem for plan in self._plans for problem in plan.problems] + overlaps
         if refused and not problems:
@@ -99,26 +103,34 @@ class _Restore:
             raise RestoreMismatchError(msg, problems)
         self.nbytes = sum(placement.entry.nbytes for placement in self._placements)
 
+    def _check_meta(self, plan: KeyPlan) -> None:
+        """What stays on the meta device is a problem where everything should come back."""
+        left = meta.left_out(plan)
+        if not left or not plan.is_full:
+            return
+        plan.missing += [name for name in left if name not in plan.missing]
+        if self._options.strict:
+            problem = f"on the meta device and not among what is restored: {some(left)}; build these on a device with memory"
+            plan.problems.append(f"key {plan.key!r}: {problem}")
+
     # Moving
 
     def run(self, *, atomic: bool) -> None:
         """Read everything into place and load it."""
-        placements = self._placements
-        shadows: dict[int, torch.Tensor] = {}
-        if atomic:
-            shadows = self._read_first(placements)
+        self._allocate()
+        shadows = self._read_first() if atomic else {}
         try:
-            self._allocate()
+            for plan in self._plans:
+                meta.materialise(plan)
             reads: list[Read] = []
             with collector.paused():
-                for placement in placements:
+                for placement in self._placements:
                     shadow = shadows.get(id(placement))
-                    if shadow is not None and placement.tensor is not None:
-                        with torch.no_grad():
-                            placement.tensor.copy_(shadow)
-                    else:
-                        known_at = placement.live.address if placement.live is not None else None
-                        reads += self._source.reads(placement.entry, placement.tensor, _stored_dtype(placement), known_at)
+                    if shadow is not None:
+                        _copy(shadow, placement)
+                        self._copied.add(id(placement))
+                    elif not (atomic and placement.is_new):
+                        reads += self._reads(placement)
             self._read(reads)
             for plan in sorted(self._plans, key=lambda plan: isinstance(plan.stateful, RNGState)):
                 with collector.paused():
@@ -127,35 +139,40 @@ class _Restore:
         except BaseException as error:
             raise self._interrupted(error) from error
 
-    def _read_first(self, placements: Sequence[Placement]) -> dict[int, torch.Tensor]:
-        """Read and verify everything that goes to live memory: into host memory if the budget holds it, else only to verify."""
-        live = [placement for placement in placements if placement.live is not None]
+    def _reads(self, placement: Placement) -> Iterator[Read]:
+        known_at = placement.live.address if placement.live is not None else None
+        return self._source.reads(placement.entry, placement.tensor, _stored_dtype(placement), known_at)
+
+    def _read_first(self) -> dict[int, torch.Tensor]:
+        """Read and verify everything: what goes to live memory into host memory if the budget holds it, else only to verify."""
+        live = [placement for placement in self._placements if not placement.is_new]
         fits = sum(placement.entry.nbytes for placement in live) + memory.WINDOW_BYTES + memory.SLACK_BYTES <= self._budget
         shadows: dict[int, torch.Tensor] = {}
         reads: list[Read] = []
-        for placement in live:
-            shadow = None
-            if fits and placement.entry.kind != "numpy":
-                shadow = shadows[id(placement)] = torch.empty(placement.entry.shape, dtype=_stored_dtype(placement))
-            reads += list(self._source.reads(placement.entry, shadow))
+        for placement in self._placements:
+            if placement.is_new:
+                reads += self._reads(placement)
+                continue
+            if fits:
+                shadows[id(placement)] = _shadow(placement)
+            reads += self._source.reads(placement.entry, shadows.get(id(placement)))
         self._read(reads, held=sum(shadow.nbytes for shadow in shadows.values()))
+        self._reader = None
         return shadows
 
     def _allocate(self) -> None:
-        """Make the tensors that have no live counterpart, and put real ones in place of those on the meta device."""
+        """Make the tensors that have no live counterpart, or one without memory; what was tied is one tensor again."""
         for plan in self._plans:
-            made: dict[int, tuple[Any, torch.Tensor]] = {}
+            made: dict[tuple[str, int], tuple[Any, torch.Tensor]] = {}
             for placement in plan.placements:
                 live = placement.live
-                if live is not None and live.tensor.device.type != "meta":
+                if live is not None and not placement.is_new:
                     placement.value, placement.tensor = live.value, live.tensor
                     continue
-                # Tied tensors are one tensor again.
-                if id(placement.entry) not in made:
-                    made[id(placement.entry)] = allocate(placement.entry, placement.device)
-                placement.value, placement.tensor = made[id(placement.entry)]
-            if isinstance(plan.stateful, torch.nn.Module):
-                _materialise(plan.stateful, plan)
+                sharing = plan.sharing(placement)
+                if sharing not in made:
+                    made[sharing] = allocate(placement.entry, placement.device) if live is None else _like(live, placement.device)
+                placement.value, placement.tensor = made[sharing]
 
     def _read(self, reads: list[Read], *, held: int = 0) -> None:
         threads = settings.current().thread_count
@@ -170,19 +187,19 @@ class _Restore:
             staging.close()
 
     def _interrupted(self, error: BaseException) -> RestoreInterruptedError:
-        unfinished = self._reader.unfinished() if self._reader is not None else set()
+        unfinished = self._reader.unfinished() if self._reader is not None else None
         loaded = {id(plan) for plan in self._loaded}
         applied: list[str] = []
         unapplied: list[str] = []
         for plan in self._plans:
             in_place = {
-                item.stored_path
-                for _, item in plan.items
-                if isinstance(item, Placement) and item.live is not None and item.tensor is not None and item.entry.path not in unfinished
+                placement.stored_path
+                for placement in plan.placements
+                if not placement.is_new
+                and (id(placement) in self._copied or (unfinished is not None and placement.entry.path not in unfinished))
             }
             for path in plan.stored_paths:
-                done = id(plan) in loaded or (path in in_place and self._reader is not None)
-                (applied if done else unapplied).append(path)
+                (applied if id(plan) in loaded or path in in_place else unapplied).append(path)
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         msg = f"the restore stopped after live state had begun to change ({len(applied):,} entries applied, {len(unapplied):,} not): {what}"
         return RestoreInterruptedError(msg, applied, unapplied)
@@ -232,37 +249,27 @@ def _stored_dtype(placement: Placement) -> torch.dtype | None:
     return None if placement.entry.kind == "numpy" else tensors.DTYPES[placement.entry.dtype]
 
 
-def _meta_left(plan: KeyPlan) -> list[str]:
-    """Tensors of a module on the meta device that the restore does not bring."""
-    if not isinstance(plan.stateful, torch.nn.Module):
-        return []
-    coming = {id(item.live.value) for item in plan.placements if item.live is not None}
-    module = plan.stateful
-    found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    on_meta = {name: tensor for name, tensor in found if tensor.device.type == "meta"}
-    if not on_meta:
-        return []
-    names = {paths.unquote(item.path.partition("/")[2]) for item in plan.placements} if coming else set()
-    left = [name for name in on_meta if name not in names]
-    if not left:
-        return []
-    return [f"key {plan.key!r}: {left[0]!r} is on the meta device and not among what is restored; build it on a device with memory"]
+def _like(live: tree.Array, device: torch.device) -> tuple[Any, torch.Tensor]:
+    """Memory for a tensor on the meta device."""
+    tensor = torch.empty(live.shape, dtype=live.tensor.dtype, device=device)
+    return tensor, tensor
 
 
-def _materialise(module: torch.nn.Module, plan: KeyPlan) -> None:
-    """Put the new tensors in place of those on the meta device; what was one parameter stays one."""
-    new: dict[int, torch.Tensor] = {}
-    by_name = {paths.unquote(item.path.partition("/")[2]): item for item in plan.placements}
-    for name, old in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        item = by_name.get(name)
-        if old.device.type != "meta" or item is None or item.tensor is None:
-            continue
-        if id(old) not in new:
-            tensor = item.tensor if item.tensor.dtype == old.dtype else item.tensor.to(old.dtype)
-            new[id(old)] = torch.nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
-        owner_name, _, last = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        setattr(owner, last, new[id(old)])
+def _shadow(placement: Placement) -> torch.Tensor:
+    """Host memory for what goes to live memory later."""
+    if placement.entry.kind == "numpy":
+        return torch.empty(placement.entry.nbytes, dtype=torch.uint8)
+    return torch.empty(placement.entry.shape, dtype=_stored_dtype(placement))
+
+
+def _copy(shadow: torch.Tensor, placement: Placement) -> None:
+    assert placement.tensor is not None
+    if not placement.is_cast:
+        # The bytes as they are: some dtypes cannot be copied as values.
+        tensors.copy_in(placement.tensor, 0, shadow.nbytes, shadow.data_ptr(), tensors.as_bytes(shadow))
+    else:
+        with torch.no_grad():
+            placement.tensor.copy_(shadow)
 
 
 def _load(plan: KeyPlan, *, strict: bool) -> None:
@@ -272,6 +279,9 @@ def _load(plan: KeyPlan, *, strict: bool) -> None:
         if isinstance(item, ContainerEntry):
             parts.append(tree.Part(path, item.type, item.meta, None))
         elif isinstance(item, Placement):
+            if item.array is not None:
+                item.array[...] = item.value
+                item.value = item.array
             parts.append(tree.Part(path, None, None, item.value))
         else:
             parts.append(tree.Part(path, None, None, item[0]))  # type: ignore[index]

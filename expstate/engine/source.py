@@ -114,6 +114,9 @@ class SnapshotSource:
             if file is None:
                 msg = f"entry {path!r}: the file with its digests, {self.manifest.files[number].name!r}, is missing"
                 raise SnapshotCorruptError(msg)
+            if file.size < offset + count * DIGEST_BYTES:
+                msg = f"entry {path!r}: the file with its digests, {file.name!r}, ends at {file.size:,}"
+                raise SnapshotCorruptError(msg)
             data = bytearray(count * DIGEST_BYTES)
             file.read_into(offset, memoryview(data))
             blocks = bytes(data)

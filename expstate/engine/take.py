@@ -191,7 +191,8 @@ class Take:
             pinned_for = next((tensor.device.type for tensor in sources if not tensor.is_cpu), None)
             self._staging = memory.Staging(self._request.memory_budget_bytes, threads, pinned_for)
             self._progress = Progress("take", self.total_bytes, self._request.progress)
-        writer = FilesWriter(self._storage, files, sources, addresses, self._staging, threads, self._written, self._stop)
+        with collector.paused():
+            writer = FilesWriter(self._storage, files, sources, addresses, self._staging, threads, self._written, self._stop)
         self._writers.append(writer)
         return writer
 
@@ -315,6 +316,7 @@ class Take:
 
     def abort(self) -> bool:
         """Remove what was written, unless it was committed; whether it was."""
+        self._stop.set()
         for writer in self._writers:
             writer.abort()
         self._attempt.abort([name for writer in self._writers for name in writer.created])

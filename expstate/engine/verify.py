@@ -13,11 +13,14 @@ from expstate.engine.read import Damage, PieceReader, Read
 from expstate.engine.report import VerifyReport
 from expstate.errors import SnapshotCorruptError, StorageError
 from expstate.format import names
-from expstate.format.manifest import ObjectEntry, TensorEntry
+from expstate.format.manifest import FileRecord, ObjectEntry, TensorEntry
 from expstate.progress import Progress, ProgressOption
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from expstate.engine.source import SnapshotSource
+    from expstate.storage.base import FileReader
 
 
 def verify(source: SnapshotSource, *, budget: int, progress: ProgressOption) -> VerifyReport:
@@ -25,15 +28,11 @@ def verify(source: SnapshotSource, *, budget: int, progress: ProgressOption) -> 
     started = time.perf_counter()
     damages: list[Damage] = []
     with source.opened(on_damage=damages.append) as opened:
-        _check_headers(opened, damages)
+        check_headers(opened, damages.append)
         reads: list[Read] = []
         for entry in opened.manifest.entries:
             if isinstance(entry, (TensorEntry, ObjectEntry)):
-                try:
-                    reads += opened.reads(entry, None)
-                except (SnapshotCorruptError, StorageError) as error:
-                    record = opened.manifest.files[entry.boxes[0].file]
-                    damages.append(Damage(entry.path, record.name, entry.boxes[0].offset, entry.nbytes, str(error)))
+                reads += _reads(opened, entry, damages)
         total = sum(read.nbytes for read in reads)
         bar = Progress("verify", total, progress)
         threads = settings.current().thread_count
@@ -49,15 +48,48 @@ def verify(source: SnapshotSource, *, budget: int, progress: ProgressOption) -> 
     return VerifyReport(not damages, tuple(damages), tuple(unknown), total, time.perf_counter() - started)
 
 
-def _check_headers(source: SnapshotSource, damages: list[Damage]) -> None:
+def _reads(source: SnapshotSource, entry: TensorEntry | ObjectEntry, damages: list[Damage]) -> Sequence[Read]:
+    """What to read of an entry; damage where its file ends too early, however much the manifest says that there is."""
+    beyond = []
+    for box, nbytes in source.box_sizes(entry):
+        file = source.files[box.file]
+        if file is not None and box.offset + nbytes > file.size:
+            beyond.append(Damage(entry.path, file.name, box.offset, nbytes, f"the file ends at {file.size:,}"))
+    damages += beyond
+    if beyond:
+        return ()
+    try:
+        return list(source.reads(entry, None))
+    except (SnapshotCorruptError, StorageError) as error:
+        box = entry.boxes[0]
+        damages.append(Damage(entry.path, source.manifest.files[box.file].name, box.offset, entry.nbytes, str(error)))
+        return ()
+
+
+def check_headers(source: SnapshotSource, on_damage: Callable[[Damage], None] | None = None) -> None:
+    """Compare the header of each open file with its digest.
+
+    Raises
+    ------
+    SnapshotCorruptError
+        If one is damaged; with ``on_damage`` it is told instead.
+    """
     for record, file in zip(source.manifest.files, source.files, strict=True):
-        if file is None:
+        problem = None if file is None else _header_problem(record, file)
+        if problem is None:
             continue
-        header = bytearray(record.header_bytes)
-        try:
-            file.read_into(0, memoryview(header))
-        except (SnapshotCorruptError, StorageError) as error:
-            damages.append(Damage("", record.name, 0, record.header_bytes, str(error)))
-            continue
-        if blake3(header).digest() != record.header_digest:
-            damages.append(Damage("", record.name, 0, record.header_bytes, "its header is not the one that was taken"))
+        damage = Damage("", record.name, 0, record.header_bytes, problem)
+        if on_damage is None:
+            raise SnapshotCorruptError(str(damage))
+        on_damage(damage)
+
+
+def _header_problem(record: FileRecord, file: FileReader) -> str | None:
+    if file.size < record.header_bytes:
+        return f"the file ends at {file.size:,}, in its header"
+    header = bytearray(record.header_bytes)
+    try:
+        file.read_into(0, memoryview(header))
+    except (SnapshotCorruptError, StorageError) as error:
+        return str(error)
+    return None if blake3(header).digest() == record.header_digest else "its header is not the one that was taken"

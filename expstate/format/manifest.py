@@ -34,6 +34,7 @@ MAX_ENTRIES = 10_000_000
 
 _TAIL_START, _TAIL_END = b',"blake3":"', b'"}\n'
 _TAIL_BYTES = len(_TAIL_START) + 2 * DIGEST_BYTES + len(_TAIL_END)
+_TAIL = re.compile(rb',"blake3":"[0-9a-f]{64}"\}')
 _HEAD = re.compile(rb'\{"format":(\d{1,9}),"id":"([0-9a-f]{32})"')
 
 
@@ -204,12 +205,14 @@ def digest_of(data: bytes) -> str:
 def is_torn(data: bytes) -> bool:
     """Whether this is the beginning of a manifest only: a commit that did not finish.
 
-    A manifest whose end is there but altered is damaged, not torn.
+    A manifest whose end is there but altered, or followed by something else, is damaged, not torn.
     """
     tail = data[-_TAIL_BYTES:]
     expected = _TAIL_START + b"\0" * (2 * DIGEST_BYTES) + _TAIL_END
     fixed = [index for index, byte in enumerate(expected) if byte]
-    return len(tail) < _TAIL_BYTES or sum(tail[index] == expected[index] for index in fixed) < len(fixed) // 2
+    if len(tail) < _TAIL_BYTES or sum(tail[index] == expected[index] for index in fixed) < len(fixed) // 2:
+        return _TAIL.search(data) is None
+    return False
 
 
 def decode(data: bytes) -> Manifest:
@@ -247,10 +250,28 @@ def decode(data: bytes) -> Manifest:
         msg = "the manifest is nested too deeply"
         raise ManifestError(msg) from None
     except (msgspec.MsgspecError, ValueError) as error:
+        _check_features(_features_of(body))
         msg = f"the manifest is not of the form of format {FORMAT}: {error}"
         raise ManifestError(msg) from error
-    unknown = set(manifest.requires) - FEATURES
-    if unknown:
-        msg = f"the snapshot needs {', '.join(sorted(unknown))!r}, which this version does not know; upgrade expstate"
-        raise UnsupportedFormatError(msg)
+    _check_features(manifest.requires)
     return manifest
+
+
+class _Features(msgspec.Struct):
+    requires: tuple[str, ...] = ()
+
+
+def _features_of(body: bytes) -> tuple[str, ...]:
+    # A part of the format that is not known here may be what made the records unreadable.
+    try:
+        return msgspec.json.decode(body + b"}", type=_Features).requires
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return ()
+
+
+def _check_features(requires: tuple[str, ...]) -> None:
+    unknown = sorted(set(requires) - FEATURES)
+    if unknown:
+        shown = ", ".join(repr(name[:80]) for name in unknown[:10])
+        msg = f"the snapshot needs {shown}, which this version does not know; upgrade expstate"
+        raise UnsupportedFormatError(msg)

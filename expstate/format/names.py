@@ -16,7 +16,7 @@ ANNOTATIONS = "annotations.json"
 
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
 _DOTS = re.compile(r"\.{2,}")
-_FILE_NAME = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
+_FILE_NAME = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,230}-[0-9a-f]{8}\.safetensors")
 _ID = re.compile(r"[0-9a-f]{32}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
 _LEASE = re.compile(r"\.attempt-([0-9a-f]{8})\.json")
@@ -106,10 +106,11 @@ def check_file_name(name: str) -> None:
     Raises
     ------
     UnsafePathError
-        If it could lead out of the snapshot's folder, or is the name of another kind of file.
+        If it could lead out of the snapshot's folder, or is not that of a data file: a snapshot that is deleted takes nothing with it that
+        people keep beside it.
     """
-    if _FILE_NAME.fullmatch(name) is None or ".." in name or name in {MANIFEST, ANNOTATIONS}:
-        msg = f"the manifest names a file that no snapshot can have: {name[:300]!r}"
+    if _FILE_NAME.fullmatch(name) is None:
+        msg = f"the manifest names a file that no snapshot has: {name[:300]!r}"
         raise UnsafePathError(msg)
 
 

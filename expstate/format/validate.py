@@ -24,7 +24,7 @@ from expstate.format.manifest import (
     ObjectEntry,
     TensorEntry,
 )
-from expstate.state import codecs, paths
+from expstate.state import codecs, paths, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,6 +118,8 @@ def _check_tensor(entry: TensorEntry, manifest: Manifest, spans: list[Span]) -> 
         itemsize = entry.itemsize
     except (KeyError, ValueError):
         _fail(entry.path, f"has a dtype that is not known here: {entry.dtype[:80]!r}")
+    if entry.requires_grad and (entry.kind == "numpy" or not _has_gradient(entry.dtype)):
+        _fail(entry.path, f"wants a gradient, which {entry.dtype[:80]} has not")
     nbytes = math.prod(shape) * itemsize
     if nbytes == 0 or len(shape) > _MAX_DIMENSIONS or (shape and min(shape) < 0):
         _check_odd_shape(entry, itemsize)
@@ -147,6 +149,10 @@ def _check_odd_shape(entry: TensorEntry, itemsize: int) -> None:
         or math.prod(max(size, 1) for size in shape) * itemsize > _MAX_TENSOR_BYTES
     ):
         _fail(entry.path, f"has a shape that is not possible: {shape[:8]}")
+
+
+def _has_gradient(dtype: str) -> bool:
+    return tensors.DTYPES[dtype].is_floating_point or tensors.DTYPES[dtype].is_complex
 
 
 def _check_object(entry: ObjectEntry, manifest: Manifest, spans: list[Span]) -> None:

@@ -108,6 +108,11 @@ def _keys(meta: Any) -> Any:
     return meta["keys"] if isinstance(meta, dict) else meta
 
 
+def has_plain_keys(meta: Any) -> bool:
+    """Whether the keys of a dict with this metadata are strings, which its items' paths are made of."""
+    return (meta.get("keys") if isinstance(meta, dict) else meta) is None
+
+
 class _Dict(Codec):
     name = "dict"
     opaque = False
@@ -231,7 +236,7 @@ class _Sequence(Codec):
         meta, merged = super().merge(meta, parts, live_meta, live_parts)
         if issubclass(self.kind, (set, frozenset)):
             msg = f"the members of a {self.name} have no places, so it is restored as a whole"
-            raise ValueError(msg)
+            raise ValueError(msg)  # noqa: TRY004 - as where other parts do not go together
         missing = next((index for index in range(len(merged)) if str(index) not in merged), None)
         if missing is not None:
             msg = f"the live {self.name} has {len(live_parts)} items, so item {missing} would be missing"

@@ -93,11 +93,7 @@ def _encode_sequence(sequence: Any) -> Any:
         return None
     entropy = sequence.entropy
     entropy = entropy.tolist() if hasattr(entropy, "tolist") else entropy
-    fields = (entropy, list(sequence.spawn_key), sequence.pool_size, sequence.n_children_spawned)
-    try:
-        return encode_tree(fields)
-    except NotPlainError:
-        return None
+    return encode_tree((entropy, list(sequence.spawn_key), sequence.pool_size, sequence.n_children_spawned))
 
 
 def _decode_sequence(encoded: Any) -> Any:
@@ -134,8 +130,8 @@ class _Generator(Codec):
 
 def _spawn_as_often(generator: Any, sequence: Any) -> None:
     """Let a live generator that was seeded alike go on spawning where the stored one would."""
-    own = getattr(generator.bit_generator, "seed_seq", None)
-    if sequence is None or own is None or _encode_sequence(own) is None:
+    own: Any = getattr(generator.bit_generator, "seed_seq", None)
+    if sequence is None or type(own) is not type(sequence):
         return
     missing = sequence.n_children_spawned - own.n_children_spawned
     if own.entropy == sequence.entropy and own.spawn_key == sequence.spawn_key and 0 < missing <= _MOST_SPAWNED:

@@ -34,16 +34,13 @@ class _Quantized(Codec):
 
     def accepts(self, value: Any) -> bool:
         plain = type(value) in PLAIN_CLASSES and value.dtype in _NAMES
-        return plain and value.is_quantized and value.layout is torch.strided and value.device.type != "meta"
+        return plain and value.is_quantized and value.qscheme() in _SCHEME_NAMES and value.device.type != "meta"
 
     def flatten(self, value: Any) -> tuple[Any, Parts]:
         tensor = value.detach()
-        scheme = _SCHEME_NAMES.get(tensor.qscheme())
+        scheme = _SCHEME_NAMES[tensor.qscheme()]
         meta = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "scheme": scheme, **tensor_form(value)}
         parts = {"data": _raw(tensor)}
-        if scheme is None:
-            msg = f"quantised with the scheme {tensor.qscheme()}"
-            raise NotPlainError(msg)
         if scheme == "per_tensor_affine":
             meta["scale"], meta["zero_point"] = encode(tensor.q_scale()), tensor.q_zero_point()
         else:
@@ -78,7 +75,7 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     stride: tuple[int, ...] = tensor.stride()
     if tensor.dtype not in {_DTYPES[name] for name in _INTEGERS}:
         stride = (1,)
-        if not tensor.is_contiguous() or tensor.storage_offset() != 0:
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != shape[0]:
             msg = "a view of a tensor of sub-byte integers"
             raise NotPlainError(msg)
     return _over(tensor.untyped_storage(), dtype, int(tensor.storage_offset()), shape, stride)

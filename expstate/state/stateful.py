@@ -158,6 +158,9 @@ def _setter(name: str, value: Any) -> Any:
         except ImportError:
             return None
         return lambda: _set_numpy(numpy_state)
+    if not isinstance(value, bytes):
+        msg = f"the state of generator {name!r} is a {type(value).__name__}, not bytes"
+        raise ManifestError(msg)
     tensor = torch.frombuffer(bytearray(value), dtype=torch.uint8)
     if name == "torch":
         torch.Generator().set_state(_checked(tensor))

@@ -77,7 +77,8 @@ def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any
     '/tmp/run'
     """
     scheme, rest = parse(path)
-    if storage_options is not None and not isinstance(storage_options, Mapping):
+    options: object = storage_options
+    if options is not None and not isinstance(options, Mapping):
         msg = f"storage_options must be a dict, got {storage_options!r}"
         raise InvalidArgumentError(msg)
     factory = _factories.get(scheme)

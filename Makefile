@@ -1,0 +1,47 @@
+# `make help` lists the targets. Variables: PYTHON, VENV, JOBS (test processes), BENCH_PATH, BENCH_ARGS.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= auto
+BENCH_PATH ?= bench-run
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.expstate-stamp
+
+.PHONY: help demo test check bench gpu clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-6s  %s\n' "$$name" "$$text"; done
+
+demo: $(STAMP) ## train on real data, be killed, resume, restore the best weights (a minute)
+	@$(BIN)/python notebooks/demo.py
+
+test: $(STAMP) ## run every test and the examples in the docstrings
+	@command -v strace >/dev/null || bash .ci/install-strace
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not gpu"
+	@# These break disks and processes and need the machine to themselves.
+	@if grep -rqE 'mark\.slow\b' tests; then set -x; $(BIN)/python -m pytest -m "slow and not gpu" tests; fi
+
+check: $(STAMP) ## lint, format, types, and the floors of the architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+
+bench: $(STAMP) ## compare the speed with other systems in BENCH_PATH
+	$(BIN)/expstate bench $(BENCH_PATH) $(BENCH_ARGS)
+
+gpu: ## tests and benchmark on an accelerator, with the PyTorch of this machine, nothing installed
+	@PYTHON=$(PYTHON) bash .ci/gpu $(BENCH_PATH) $(BENCH_ARGS)
+
+clean: ## remove what the other targets made, but not the virtual environment
+	rm -rf build dist demo-run bench-run .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find expstate tests notebooks -name __pycache__ -type d -exec rm -rf {} +
+
+$(STAMP): pyproject.toml .ci/constraints.txt .ci/setup
+	@PYTHON=$(PYTHON) bash .ci/setup $(VENV)
+	@touch $@

@@ -1,0 +1,43 @@
+"""What every test gets: fixed seeds, settings of nobody's environment, and a reason where a test cannot run here."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import pytest
+import torch
+
+try:
+    import hypothesis
+except ImportError:  # a machine that only runs the tests marked gpu
+    pass
+else:
+    # No deadline: time depends on what else the machine does. CI looks at the same examples each time.
+    hypothesis.settings.register_profile("local", deadline=None)
+    hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+for _name in [name for name in os.environ if name.startswith("EXPSTATE_")]:
+    del os.environ[_name]
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Random numbers of a test do not depend on the tests before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs an accelerator or root where there is none; CI has root, so there nothing hides behind that."""
+    accelerator = torch.accelerator.is_available()
+    root = (hasattr(os, "geteuid") and os.geteuid() == 0) or bool(os.environ.get("CI"))
+    for item in items:
+        if not accelerator and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+        if not root and item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs root"))
