@@ -123,6 +123,9 @@ class _KeyPlanner:
             return self._plan
         mapped = self._map(entries, chosen)
         partial = _containers_of(entry.path for entry in entries if entry.path not in chosen)
+        if selected is not None:
+            # A container that is not chosen itself keeps what is live in it and not in the snapshot.
+            partial |= {entry.path for entry in entries if _keeps_items(entry) and not selected(entry.path)} - owners.keys()
         misfits: set[str] = set()
         for entry in entries:
             path = mapped.get(entry.path)
@@ -227,10 +230,13 @@ class _KeyPlanner:
             plan.live_values[path] = live.value
         if not is_partial or live is None or (self._is_module and path == self._root):
             return
-        if isinstance(live, tree.Container) and live.type == entry.type:
+        # A list of plain values alone is one value, and still a list.
+        codec = codecs.find(live.value)
+        if codec is not None and codec.name == entry.type:
+            plan.live_values[path] = live.value
             plan.kept[path] = tree.Part(path, entry.type, entry.meta, live.value)
         else:
-            found = live.type if isinstance(live, tree.Container) else type(live.value).__name__
+            found = type(live.value).__name__
             plan.problems.append(f"entry {entry.path!r}, a {entry.type} and live a {found}, cannot be restored in part")
 
     def _check_merges(self, partial: set[str]) -> None:
@@ -334,6 +340,10 @@ def _containers_of(found: Iterable[str]) -> set[str]:
 
 def _is_dict(entry: Entry) -> bool:
     return isinstance(entry, ContainerEntry) and entry.type in {"dict", "OrderedDict", "defaultdict", "Counter"}
+
+
+def _keeps_items(entry: Entry) -> bool:
+    return isinstance(entry, ContainerEntry) and entry.type not in {"set", "frozenset"}
 
 
 def _is_text(one: str, other: str) -> bool:

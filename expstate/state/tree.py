@@ -13,18 +13,7 @@ import msgspec
 import torch
 
 from expstate.errors import ExpstateError, ManifestError, UnsupportedValueError
-from expstate.state import (
-    codecs,
-    numpy_arrays,
-    numpy_codecs,
-    numpy_random,
-    packed,
-    pandas_codecs,
-    paths,
-    quantized_codecs,
-    subclass_codecs,
-    torch_codecs,
-)
+from expstate.state import codecs, numpy_arrays, packed, paths
 from expstate.state.tensors import NAMES, is_plain_memory, is_same_memory
 from expstate.state.values import NotPlainError, encode, is_long
 
@@ -90,8 +79,6 @@ class Object(msgspec.Struct, frozen=True, gc=False):
 Leaf = Container | Value | Array | Alias | Object
 
 _DENSE_TYPES = {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor)}
-KINDS_OF_PARTS = (codecs, packed, torch_codecs, quantized_codecs, subclass_codecs, numpy_codecs, numpy_random, pandas_codecs)
-"""The modules whose codecs are known once this one is imported."""
 
 
 class _Flattener:
