@@ -33,6 +33,7 @@ check: $(STAMP) ## lint, format, types, and the floors of the architecture
 	$(BIN)/lint-imports --no-logo --no-cache
 
 bench: $(STAMP) ## compare the speed with other systems in BENCH_PATH
+	@mkdir -p $(BENCH_PATH)
 	$(BIN)/expstate bench $(BENCH_PATH) $(BENCH_ARGS)
 
 gpu: ## tests and benchmark on an accelerator, with the PyTorch of this machine, nothing installed

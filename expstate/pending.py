@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import logging
 import threading
 import warnings
@@ -54,8 +55,10 @@ class PendingSnapshot:
         self._error: BaseException | None = None
         self.path = path
         self.id = take.id
-        # Started here, where threads can still be started: the interpreter may be ending when the work is done.
-        self._thread = threading.Thread(target=self._run, name=f"expstate-take-{self.id[:8]}")
+        # Started here, where threads can still be started: the interpreter may be ending when the work is done. Settings are those
+        # in force here.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name=f"expstate-take-{self.id[:8]}")
         try:
             self._thread.start()
         except BaseException:

@@ -19,7 +19,7 @@ from expstate.engine.plan import RestoreOptions
 from expstate.engine.report import RestoreReport, VerifyReport, bytes_text
 from expstate.engine.request import globs, make_request
 from expstate.engine.source import SnapshotSource, find_key
-from expstate.engine.take import Take, TakeRequest, check_app_state, take_now
+from expstate.engine.take import Take, check_app_state, take_now
 from expstate.errors import EntryNotFoundError, ExpstateError, InvalidArgumentError, NeedsTrustWarning
 from expstate.format import manifest as manifests
 from expstate.format.manifest import AliasEntry, Entry, Manifest, TensorEntry
@@ -204,7 +204,7 @@ class Snapshot:
         )
         take, manifest, data = take_now(request)
         _warn_of_trust(take)
-        return cls._opened(request, manifest, data)
+        return cls._opened(request.storage, manifest, data)
 
     @classmethod
     def async_take(
@@ -257,16 +257,17 @@ class Snapshot:
             take.gather()
             take.stage()
             _warn_of_trust(take)
-            return PendingSnapshot(request.storage.url, take, lambda manifest, data: cls._opened(request, manifest, data))
+            storage = request.storage
+            return PendingSnapshot(storage.url, take, lambda manifest, data: cls._opened(storage, manifest, data))
         except BaseException:
             take.abort()
             raise
 
     @classmethod
-    def _opened(cls, request: TakeRequest, manifest: Manifest, data: bytes) -> Snapshot:
+    def _opened(cls, storage: Storage, manifest: Manifest, data: bytes) -> Snapshot:
         snapshot = cls.__new__(cls)
-        snapshot._storage = request.storage  # noqa: SLF001 - this class's own
-        snapshot._loaded = (SnapshotSource(request.storage, manifest, data), data)  # noqa: SLF001
+        snapshot._storage = storage  # noqa: SLF001 - this class's own
+        snapshot._loaded = (SnapshotSource(storage, manifest, data), data)  # noqa: SLF001
         return snapshot
 
     # What is in it

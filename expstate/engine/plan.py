@@ -294,10 +294,11 @@ class _KeyPlanner:
             if self._is_module or optimizers.must_fit(self._plan.stateful, path):
                 self._plan.problems.append(f"entry {stored_path!r} has shape {entry.shape} in the snapshot and {leaf.shape} live")
             return None
+        if leaf.dtype != entry.dtype and _is_text(leaf.dtype, entry.dtype):
+            return None
         if leaf.dtype != entry.dtype and not self._options.cast:
-            if not _is_text(leaf.dtype, entry.dtype):
-                hint = "pass cast=True to convert"
-                self._plan.problems.append(f"entry {stored_path!r} has dtype {entry.dtype} in the snapshot and {leaf.dtype} live; {hint}")
+            hint = "pass cast=True to convert"
+            self._plan.problems.append(f"entry {stored_path!r} has dtype {entry.dtype} in the snapshot and {leaf.dtype} live; {hint}")
             return None
         if not _is_in_place(leaf):
             if self._is_module:

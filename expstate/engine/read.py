@@ -34,27 +34,31 @@ _JOIN_GAP_BYTES = 64 * 1024
 """Unwanted bytes between two reads that are read along with them rather than asked for apart."""
 
 
-class Target:
-    """A tensor to fill with the bytes of an entry, or part of it.
+class Target(msgspec.Struct, frozen=True, gc=False):
+    """A tensor to fill with the bytes of an entry, or part of it; made by ``target``.
+
+    ``dtype`` is the stored dtype if it is not the tensor's. ``address`` is where the stored bytes can be put as they are, in plain host
+    memory, or None.
+    """
+
+    tensor: torch.Tensor
+    dtype: torch.dtype | None = None
+    address: int | None = None
+
+
+def target(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Target:
+    """A target for bytes that were stored with ``dtype``.
 
     Parameters
     ----------
     tensor : torch.Tensor
         Strided, any device; its elements do not share memory.
     dtype : torch.dtype, optional
-        The stored dtype, if it is not the tensor's.
-    address : int, optional
-        Where the tensor is known to lie in plain host memory.
+        The stored dtype; values are converted if it is not the tensor's.
     """
-
-    __slots__ = ("address", "dtype", "tensor")
-
-    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype | None = None, address: int | None = None) -> None:
-        self.tensor = tensor
-        self.dtype = dtype if dtype is not None and dtype != tensor.dtype else None
-        self.address: int | None = None
-        if self.dtype is None:
-            self.address = address or (tensor.data_ptr() if tensors.is_plain_memory(tensor) else None)
+    if dtype is not None and dtype != tensor.dtype:
+        return Target(tensor, dtype)
+    return Target(tensor, None, tensor.data_ptr() if tensors.is_plain_memory(tensor) else None)
 
 
 class Read(msgspec.Struct, frozen=True, gc=False):
@@ -259,7 +263,9 @@ class PieceReader:
                     if target is None:
                         continue
                     if target.address is not None:
-                        tensors.move_memory(target.address + read.at, address + at + read.first, read.last - read.first)
+                        wanted = read.last - read.first
+                        move = tensors.move_small if wanted <= tensors.SMALL_BYTES else tensors.move_memory
+                        move(target.address + read.at, address + at + read.first, wanted)
                     elif read.last > read.first:
                         _put(read, target, buffer, at + read.first)
             for event in events:

@@ -140,8 +140,10 @@ class _Restore:
             raise self._interrupted(error) from error
 
     def _reads(self, placement: Placement) -> Iterator[Read]:
+        if placement.is_cast:
+            return self._source.reads(placement.entry, placement.tensor, _stored_dtype(placement))
         known_at = placement.live.address if placement.live is not None else None
-        return self._source.reads(placement.entry, placement.tensor, _stored_dtype(placement), known_at)
+        return self._source.reads(placement.entry, placement.tensor, address=known_at)
 
     def _read_first(self) -> dict[int, torch.Tensor]:
         """Read and verify everything: what goes to live memory into host memory if the budget holds it, else only to verify."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from expstate.engine.attempt import read_committed
-from expstate.engine.read import Damage, Read, Target
+from expstate.engine.read import Damage, Read, Target, target
 from expstate.errors import EntryNotFoundError, SnapshotCorruptError, SnapshotReplacedError
 from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, AliasEntry, Box, Entry, Manifest, ObjectEntry, TensorEntry
 from expstate.state import paths
@@ -156,16 +156,16 @@ class SnapshotSource:
         box = entry.boxes[0]
         if len(entry.boxes) == 1 and box.starts is None and 0 < (nbytes := entry.nbytes) <= BLOCK_BYTES:
             # By far the most entries are of this kind.
-            target = None if tensor is None else Target(tensor, dtype, address)
-            yield Read(entry.path, box.file, box.offset, nbytes, box.digest, target, 0, nbytes, 0)
+            goal = None if tensor is None else target(tensor, dtype) if address is None else Target(tensor, None, address)
+            yield Read(entry.path, box.file, box.offset, nbytes, box.digest, goal, 0, nbytes, 0)
             return
         if tensor is not None and isinstance(entry, TensorEntry) and entry.boxes[0].starts is not None:
             tensor = _shaped(entry, tensor, entry.shape)
         for box, nbytes in self.box_sizes(entry):
-            target = None
+            goal = None
             if tensor is not None:
-                target = Target(tensor if box.starts is None else _region(tensor, box.starts, box.sizes or ()), dtype)
-            yield from self._box_reads(entry.path, box, nbytes, 0, nbytes, target)
+                goal = target(tensor if box.starts is None else _region(tensor, box.starts, box.sizes or ()), dtype)
+            yield from self._box_reads(entry.path, box, nbytes, 0, nbytes, goal)
 
     def row_reads(self, entry: TensorEntry, rows: range, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Iterator[Read]:
         """The reads that fill ``tensor`` with some rows of the entry: only the blocks that hold them."""
@@ -179,20 +179,20 @@ class SnapshotSource:
             row_bytes = math.prod(sizes[1:]) * entry.itemsize
             part = _region(tensor, (first - rows.start, *starts[1:]), (last - first, *sizes[1:]))
             begin, end = (first - starts[0]) * row_bytes, (last - starts[0]) * row_bytes
-            yield from self._box_reads(entry.path, box, sizes[0] * row_bytes, begin, end, Target(part, dtype))
+            yield from self._box_reads(entry.path, box, sizes[0] * row_bytes, begin, end, target(part, dtype))
 
-    def _box_reads(self, path: str, box: Box, nbytes: int, start: int, stop: int, target: Target | None) -> Iterator[Read]:
+    def _box_reads(self, path: str, box: Box, nbytes: int, start: int, stop: int, goal: Target | None) -> Iterator[Read]:
         """The read of bytes ``start`` to ``stop`` of a box, widened to whole blocks."""
         if start >= stop:
             return
         if nbytes <= BLOCK_BYTES:
-            yield Read(path, box.file, box.offset, nbytes, box.digest, target, start, stop, 0)
+            yield Read(path, box.file, box.offset, nbytes, box.digest, goal, start, stop, 0)
             return
         blocks = self.block_digests(path, box, nbytes)
         first = start // BLOCK_BYTES * BLOCK_BYTES
         last = min(nbytes, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
         digests = blocks[first // BLOCK_BYTES * DIGEST_BYTES : -(-last // BLOCK_BYTES) * DIGEST_BYTES]
-        yield Read(path, box.file, box.offset + first, last - first, digests, target, start - first, stop - first, 0)
+        yield Read(path, box.file, box.offset + first, last - first, digests, goal, start - first, stop - first, 0)
 
 
 def _shaped(entry: TensorEntry, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,6 +6,7 @@ and later ``write_staged``) moves it, ``commit`` makes it exist. Whatever goes w
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ from expstate.progress import Progress, ProgressOption
 from expstate.state import tree
 from expstate.state.objects import PickledObject, pickle_object
 from expstate.state.stateful import RNGState, Stateful, preserved_rng
+from expstate.state.tensors import ITEM_SIZES, NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,6 +122,7 @@ class Take:
         self._devices: list[str] = []
         self._number_of: dict[str, int] = {}
         self._objects: dict[str, PickledObject] = {}
+        self._types: dict[str, str] = {}
         self._files: list[DataFile] = []
         self._namer = names.FileNamer(self._attempt.token)
         self._writers: list[FilesWriter] = []
@@ -143,6 +146,8 @@ class Take:
                 self._leaves += leaves
                 self._lay_out_key(key, leaves)
         self.total_bytes = sum(box.nbytes for file in self._files for box in file.boxes)
+        # From here on their state is all that is needed: statefuls are not kept alive by a take that is still being written.
+        self._request = dataclasses.replace(self._request, app_state={})
 
     def _lay_out_key(self, key: str, leaves: Sequence[tree.Leaf]) -> None:
         arrays = [leaf for leaf in leaves if isinstance(leaf, tree.Array)]
@@ -158,6 +163,7 @@ class Take:
                 msg = f"entry {leaf.path!r} cannot be stored: {error}"
                 raise UnsupportedValueError(msg) from error
             self._objects[leaf.path] = pickled
+            self._types[leaf.path] = f"{type(leaf.value).__module__}.{type(leaf.value).__qualname__}"
             if pickled.needs_trust:
                 self.needing_trust.append((leaf.path, pickled.reason))
         if objects:
@@ -209,7 +215,8 @@ class Take:
     def stage(self) -> None:
         """Copy everything, so that the state may change; what the budget does not hold at once is written meanwhile."""
         self._writer(self._files, self._sources, self._addresses).stage_all()
-        # The copies are all that is needed from here on: live state is not kept alive by a take that is still being written.
+        # And now the copies are.
+        self._sources = []
         self._leaves = [_without_values(leaf) for leaf in self._leaves]
 
     def write_staged(self) -> None:
@@ -303,10 +310,7 @@ class Take:
         if kind is tree.Alias:
             return AliasEntry(path, leaf.target)  # type: ignore[union-attr]
         pickled = self._objects[path]
-        kind = type(leaf.value)
-        return ObjectEntry(
-            path, f"{kind.__module__}.{kind.__qualname__}", len(pickled.data), pickled.needs_trust, tuple(boxes[self._number_of[path]])
-        )
+        return ObjectEntry(path, self._types[path], len(pickled.data), pickled.needs_trust, tuple(boxes[self._number_of[path]]))
 
     # Ending
 
@@ -359,7 +363,9 @@ def _source(leaf: tree.Array) -> Source:
         if native is not None:
             return Source(leaf.path, native, leaf.shape, torch.empty(0, dtype=getattr(torch, native)).element_size())
         return Source(leaf.path, BYTES, (leaf.tensor.numel(),), 1)
-    return Source(leaf.path, str(leaf.tensor.dtype).removeprefix("torch."), leaf.shape, leaf.tensor.element_size())
+    if leaf.kind == "numpy":
+        return Source(leaf.path, NAMES[leaf.tensor.dtype], leaf.shape, leaf.tensor.element_size())
+    return Source(leaf.path, leaf.dtype, leaf.shape, ITEM_SIZES[leaf.dtype])
 
 
 _NUMPY_TO_TORCH = {
@@ -387,4 +393,6 @@ def _without_values(leaf: tree.Leaf) -> tree.Leaf:
         return tree.Array(leaf.path, leaf.kind, leaf.dtype, leaf.shape, torch.empty(0), None, leaf.requires_grad)
     if isinstance(leaf, tree.Container):
         return tree.Container(leaf.path, leaf.type, leaf.meta, None)
-    return leaf
+    if isinstance(leaf, tree.Value):
+        return tree.Value(leaf.path, None, leaf.encoded)
+    return tree.Alias(leaf.path, leaf.target, None) if isinstance(leaf, tree.Alias) else tree.Object(leaf.path, None)

@@ -129,7 +129,8 @@ class FilesWriter:
                 elif not (digest and item.digest):
                     tensors.move_memory(buffer.address + at, address + first, nbytes)
                 elif box.nbytes <= BLOCK_BYTES:
-                    tensors.move_memory(buffer.address + at, address + first, nbytes)
+                    move = tensors.move_small if nbytes <= tensors.SMALL_BYTES else tensors.move_memory
+                    move(buffer.address + at, address + first, nbytes)
                     digests[number][:] = blake3(buffer.view[at : at + nbytes]).digest()
                 else:
                     _move_and_digest(address + first, buffer, at, nbytes, digests[number], start // BLOCK_BYTES * DIGEST_BYTES)

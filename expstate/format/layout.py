@@ -6,6 +6,7 @@ first, then by falling item size, so that every tensor is aligned for whoever ma
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import msgspec
 from blake3 import blake3
 
 from expstate.format.manifest import BLOCK_BYTES, FileRecord
-from expstate.state import paths, tensors
+from expstate.state import paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,21 +136,16 @@ def lay_out(
     list of DataFile
         At least one.
     """
-    names: dict[str, int] = {}
-    for number, source in enumerate(sources):
-        names[file_name_of(source.path, names)] = number
-    name_of = list(names)
-    boxes = sorted(_cut(sources, target_bytes), key=lambda box: (box.nbytes % PAGE_BYTES != 0, -sources[box.source].itemsize))
-    by_path = {source.path: name_of[number] for number, source in enumerate(sources)}
-    metadata = {"format": "pt"}
-    taken: dict[str, object] = dict.fromkeys(name_of)
-    for path, target in aliases:
-        alias = file_name_of(path, taken)
-        taken[alias] = None
-        metadata[alias] = by_path[target]
+    names = _names(sources)
+    boxes = list(_cut(sources, target_bytes))
+    # Those that end in the middle of a page come last, the largest items first.
+    whole = [box for box in boxes if box.nbytes % PAGE_BYTES == 0]
+    rest = [box for box in boxes if box.nbytes % PAGE_BYTES]
+    rest.sort(key=lambda box: -sources[box.source].itemsize)
+    metadata = {"format": "pt"} | _aliases(sources, names, aliases)
     files: list[DataFile] = []
-    for group in _group(boxes, name_of, target_bytes):
-        header = _header(group, sources, name_of, {} if files else metadata)
+    for group in _group(whole + rest, names, target_bytes):
+        header = _header(group, sources, names, {} if files else metadata)
         for box in group:
             box.offset += len(header)
             box.source += first
@@ -158,9 +154,34 @@ def lay_out(
     return files
 
 
+def _names(sources: Sequence[Source]) -> list[str]:
+    """The name of each source inside its data file."""
+    taken: dict[str, None] = {}
+    for source in sources:
+        name = source.path.partition("/")[2]
+        if not name or "%" in name or name in taken or name == "__metadata__":
+            name = file_name_of(source.path, taken)
+        taken[name] = None
+    return list(taken)
+
+
+def _aliases(sources: Sequence[Source], names: Sequence[str], aliases: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Names of tied tensors, and of those that they are tied to."""
+    found: dict[str, str] = {}
+    pairs = list(aliases)
+    if pairs:
+        by_path = {source.path: name for source, name in zip(sources, names, strict=True)}
+        taken: dict[str, None] = dict.fromkeys(names)
+        for path, target in pairs:
+            alias = file_name_of(path, taken)
+            taken[alias] = None
+            found[alias] = by_path[target]
+    return found
+
+
 def _cut(sources: Sequence[Source], target_bytes: int) -> Iterator[PlacedBox]:
     for number, source in enumerate(sources):
-        nbytes = tensors.nbytes_of(source.shape, source.itemsize)
+        nbytes = math.prod(source.shape) * source.itemsize
         rows = source.shape[0] if source.shape else 1
         if nbytes <= target_bytes or rows <= 1 or source.dtype == BYTES:
             yield PlacedBox(number, 0, nbytes)

@@ -7,13 +7,12 @@ contiguous is gathered and scattered in runs of at most ``_RUN_BYTES``.
 from __future__ import annotations
 
 import ctypes
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 _RUN_BYTES = 1024**2
 
@@ -77,6 +76,14 @@ _WRITABLE = 0x200  # PyBUF_WRITE
 move_memory = ctypes.memmove
 """``memmove(target address, source address, bytes)``; the interpreter lock is not held meanwhile."""
 
+move_small = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.CDLL(None).memmove, ctypes.c_void_p).value or 0
+)
+"""The same with the lock held: for a few KiB, passing it on to another thread takes longer than the copy."""
+
+SMALL_BYTES = 32 * 1024
+"""Copies of no more than this are small."""
+
 
 def memory(address: int, nbytes: int) -> memoryview:
     """A writable view of memory that the caller keeps alive."""
@@ -84,11 +91,6 @@ def memory(address: int, nbytes: int) -> memoryview:
         return memoryview(bytearray())
     view: memoryview = _memory_view(address, nbytes, _WRITABLE)
     return view
-
-
-def nbytes_of(shape: Sequence[int], itemsize: int) -> int:
-    """Bytes of a tensor of this shape, as an exact integer."""
-    return math.prod(shape) * itemsize
 
 
 def is_plain_memory(tensor: torch.Tensor) -> bool:

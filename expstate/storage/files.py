@@ -95,6 +95,7 @@ class LocalWriter(FileWriter):
         self._size = size
         self._direct = direct and _set_direct(fd, on=True)
         self._lock = threading.Lock()
+        self._ends_on_page = self._direct
         if self._direct:
             self._allocate()
 
@@ -137,7 +138,7 @@ class LocalWriter(FileWriter):
     def finish(self) -> Sequence[tuple[int, int]]:
         with system_errors(f"making {self._path!r} durable"):
             try:
-                if self._direct:
+                if self._ends_on_page:
                     os.ftruncate(self._fd, self._size)
                 os.fsync(self._fd)
                 size = os.fstat(self._fd).st_size

@@ -63,8 +63,8 @@ class StorageTests(DataFileTests, SmallFileTests):
         # Stamps are as coarse as the tick of a clock.
         assert before - 2 <= first <= storage.stat(SMALL).modified_at <= after + 2
 
-    def test_deletion(self, storage: Storage) -> None:
-        """What is gone is gone, and what was not there is no error."""
+    def test_what_is_deleted_is_gone(self, storage: Storage) -> None:
+        """At once, and what was not there is no error."""
         self.put(storage, DATA, random_bytes(100))
         storage.delete(DATA)
         storage.delete(DATA)

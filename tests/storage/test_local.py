@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import errno
 import os
+import shutil
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from expstate.storage import files, local
 from expstate.storage.base import Storage
 from expstate.storage.local import LocalStorage
 from expstate.testing.cases import DATA, SMALL, TOKEN, aligned, random_bytes
+from expstate.testing.small_files import SmallFileTests
 from expstate.testing.storage import FolderStorageTests
 
 TEMPORARY = f".{SMALL}.{TOKEN}"
@@ -37,6 +40,9 @@ class TestLocalStorageThroughThePageCache(FolderStorageTests):
         with settings.override(direct_io=False):
             return LocalStorage(str(place))
 
+    # It takes seconds, and small files do not go past the page cache anyway.
+    test_of_several_processes_that_create_a_file_one_wins = None
+
     def test_parts_need_not_be_aligned(self, storage: Storage) -> None:
         data = random_bytes(10_000)
         writer = storage.create_file(DATA, len(data))
@@ -50,17 +56,18 @@ class TestLocalStorageThroughThePageCache(FolderStorageTests):
 class TestLocalStorageInMemory(FolderStorageTests):
     """A file system that lives in memory does some of this differently."""
 
+    # It takes seconds.
+    test_of_several_processes_that_create_a_file_one_wins = None
+
     @pytest.fixture
-    def place(self, tmp_path: Path):  # noqa: ANN201
+    def place(self, tmp_path: Path) -> Iterator[Path]:
         memory = Path("/dev/shm")  # noqa: S108
         if not memory.is_dir():
             pytest.skip("there is no file system in memory here")
         place = memory / f"expstate-{os.getpid()}-{tmp_path.name}"
         place.mkdir()
         yield place
-        for path in sorted(place.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        place.rmdir()
+        shutil.rmtree(place, ignore_errors=True)
 
     def open(self, place: Path) -> Storage:
         return LocalStorage(str(place))
@@ -90,17 +97,54 @@ def without_exclusive_renames(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_unnamed_files")
-class TestLocalStorageByLinks(TestLocalStorage):
+class TestLocalStorageByLinks(SmallFileTests):
     """File systems without O_TMPFILE (older network disks)."""
+
+    open = TestLocalStorage.open
+
+    def test_of_several_processes_that_create_a_file_one_wins(self, storage: Storage, place: Path) -> None:
+        """Forked ones, since another interpreter would know nothing of what is missing here."""
+        results = [Path(f"{place}-{number}") for number in range(4)]
+        start, go = os.pipe()
+        children = []
+        for number, result in enumerate(results):
+            child = os.fork()
+            if child == 0:
+                os.close(go)
+                os.read(start, 1)  # until the parent lets go
+                won = [name for name in RACES if _creates(storage, name, number)]
+                result.write_text(" ".join(won))
+                os._exit(0)
+            children.append(child)
+        os.close(go)
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        os.close(start)
+        won = [result.read_text().split() for result in results]
+
+        assert [0] * 4 == statuses
+        assert sorted(RACES) == sorted(name for names in won for name in names)
+        assert sorted(RACES) == self.names(storage)
+        assert all(f"{number} {name}".encode() == storage.read(name) for number, names in enumerate(won) for name in names)
+
+
+RACES = [f"race-{number}.json" for number in range(25)]
+
+
+def _creates(storage: Storage, name: str, number: int) -> bool:
+    try:
+        storage.create(name, f"{number} {name}".encode(), token=f"{number:08x}")
+    except FileExistsError:
+        return False
+    return True
 
 
 @pytest.mark.usefixtures("without_links")
-class TestLocalStorageByRenames(TestLocalStorage):
+class TestLocalStorageByRenames(TestLocalStorageByLinks):
     """File systems without hard links (FAT, some FUSE)."""
 
 
 @pytest.mark.usefixtures("without_links", "without_exclusive_renames")
-class TestLocalStorageByExclusiveOpen(TestLocalStorage):
+class TestLocalStorageByExclusiveOpen(TestLocalStorageByLinks):
     """File systems with neither."""
 
 
@@ -303,7 +347,7 @@ def test_a_socket_is_refused(storage: LocalStorage, tmp_path: Path) -> None:
 
 def test_nothing_stays_open(storage: LocalStorage, tmp_path: Path) -> None:
     """Neither of what succeeds nor of what fails."""
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    before = len(os.listdir("/proc/self/fd"))
     os.mkfifo(tmp_path / "pipe")
     for _ in range(3):
         with contextlib.suppress(FileExistsError):
@@ -320,7 +364,7 @@ def test_nothing_stays_open(storage: LocalStorage, tmp_path: Path) -> None:
         storage.flush()
         storage.clock()
 
-    assert before == len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    assert before == len(os.listdir("/proc/self/fd"))
 
 
 def test_the_lock_of_an_exchange_is_let_go(storage: LocalStorage) -> None:
@@ -348,21 +392,19 @@ def test_a_folder_of_someone_else(tmp_path: Path) -> None:
         folder.chmod(folder.stat().st_mode | 0o055)
     caught = []
 
+    def refused(action: Callable[[], object]) -> None:
+        with pytest.raises(StoragePermissionError) as error:
+            action()
+        caught.append(error.value.errno)
+
     def try_as_nobody() -> None:
         # This thread alone becomes someone else.
-        libc = ctypes.CDLL(None, use_errno=True)
         setresuid = 117
-        assert 0 == libc.syscall(setresuid, 65534, 65534, 65534)
+        assert 0 == ctypes.CDLL(None, use_errno=True).syscall(setresuid, 65534, 65534, 65534)
         storage = LocalStorage(str(tmp_path / "theirs"))
-        for action in (
-            lambda: storage.create(SMALL, b"x", token=TOKEN),
-            lambda: storage.create_file(DATA, 1),
-            LocalStorage(f"{storage.path}/inner").prepare,
-        ):
-            try:
-                action()
-            except StoragePermissionError as error:
-                caught.append(error.errno)
+        refused(lambda: storage.create(SMALL, b"x", token=TOKEN))
+        refused(lambda: storage.create_file(DATA, 1))
+        refused(LocalStorage(f"{storage.path}/inner").prepare)
 
     thread = threading.Thread(target=try_as_nobody)
     thread.start()
