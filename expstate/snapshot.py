@@ -629,7 +629,7 @@ def _read_source(storage: Storage) -> tuple[SnapshotSource, bytes]:
     with collector.paused():
         manifest, data = attempt.read_manifest(storage)
         validate(manifest)
-    return SnapshotSource(storage, manifest, data), data
+        return SnapshotSource(storage, manifest, data), data
 
 
 def _time(text: str) -> dt.datetime:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expstate.engine.lease import decode_lease, is_dead
+from expstate.engine.lease import LEASE_SECONDS, decode_lease, is_dead
 from expstate.errors import ExpstateError, ManifestError, SnapshotNotFoundError, UnsafePathError
 from expstate.format import manifest as manifests
 from expstate.format import names
@@ -82,7 +82,7 @@ def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
             files = {info.name: info for info in storage.list()}
         except FileNotFoundError:
             continue
-        leases = [name for name in files if names.attempt_of_lease(name)]
+        leases = _leases(files)
         if not leases:
             continue
         needed = _needed(storage)
@@ -101,6 +101,16 @@ def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
                 storage.remove_folder()
             removed.append(leftover)
     return GcReport(tuple(removed), tuple(alive), tuple(damaged))
+
+
+def _leases(files: Iterable[str]) -> list[str]:
+    """The lease of each attempt; where there is none, the one that was being written when its process died."""
+    found: dict[str, str] = {}
+    for name in sorted(files, reverse=True):  # those being written come first, with their two dots
+        attempt = names.attempt_of_lease(name)
+        if attempt is not None and (attempt not in found or name == names.lease_name(attempt)):
+            found[attempt] = name
+    return sorted(found.values())
 
 
 def _needed(storage: Storage) -> set[str] | None:
@@ -123,21 +133,27 @@ def _dead(storage: Storage, files: dict[str, FileInfo], lease_name: str, needed:
         lease = decode_lease(storage.read(lease_name, limit=2**26))
     except (FileNotFoundError, ManifestError):
         return None  # it ended just now, or no take has written it
-    if lease is None or names.attempt_of(lease.id) != attempt or not is_dead(lease, files[lease_name].modified_at, storage.clock()):
+    modified_at, now = files[lease_name].modified_at, storage.clock()
+    if lease is None:  # it was not written to its end: only its age tells
+        dead = now - modified_at > LEASE_SECONDS
+    else:
+        dead = names.attempt_of(lease.id) == attempt and is_dead(lease, modified_at, now)
+    if not dead:
         return None
+    action, listed = ("take", ()) if lease is None else (lease.action, lease.files)
     named = set()
-    for name in lease.files:
+    for name in listed:
         try:
             names.check_file_name(name)
         except UnsafePathError:
             continue
         named.add(name)
-    if lease.action == "delete" and names.MANIFEST not in needed:
+    if action == "delete" and names.MANIFEST not in needed:
         named.add(names.ANNOTATIONS)
     theirs = [name for name in files if name not in needed and name != lease_name and (name in named or names.is_of_attempt(name, attempt))]
     # The lease goes last: as long as it is there, what is left can be found again.
     everything = (*sorted(theirs), lease_name)
-    return Leftover(storage.url, attempt, lease.action, everything, sum(files[name].size for name in everything))
+    return Leftover(storage.url, attempt, action, everything, sum(files[name].size for name in everything))
 
 
 def local_folders(root: str) -> Iterator[Storage]:

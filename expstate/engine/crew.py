@@ -73,10 +73,15 @@ class Crew(Generic[Job]):
         # Not daemons: an interpreter that exits waits until what was promised is written.
         self._threads = [threading.Thread(target=self._run, name=f"expstate-{index}") for index in range(threads)]
 
-    def start(self) -> None:
-        """Start the threads."""
+    def start(self, *, or_work_here: bool = False) -> None:
+        """Start the threads; where none can be started any more, because the interpreter ends, the caller's may do the work."""
         for thread in self._threads:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                if not or_work_here:
+                    raise
+                self._run()
 
     def _run(self) -> None:
         with self._changed:
@@ -101,7 +106,8 @@ class Crew(Generic[Job]):
             with self._changed:
                 self._changed.wait_for(lambda: self._ended == len(self._threads))
             for thread in self._threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         except BaseException as error:
             self._stop.set(error)
             self.join()
@@ -134,7 +140,7 @@ def run(jobs: Iterable[Job], work: Callable[[Job], None], threads: int, stop: St
     """Work through ``jobs`` and wait."""
     crew = Crew(jobs, work, threads, stop)
     try:
-        crew.start()
+        crew.start(or_work_here=True)
         crew.wait()
     except BaseException as error:
         stop.set(error)

@@ -236,15 +236,15 @@ def restore(
     """Restore, as ``Snapshot.restore`` documents it."""
     started = time.perf_counter()
     work = _Restore(source, options, budget, progress, verify=verify)
-    with collector.paused():
+    with collector.paused() as pause:
         work.plan(app_state)
-        numbers = work.file_numbers()
-    with source.opened(numbers) as opened:
-        with collector.paused():
+        with source.opened(work.file_numbers()) as opened:
             work.check(opened)
-        if not dry_run:
-            work.run(atomic=atomic)
-    return work.report(time.perf_counter() - started, dry_run=dry_run)
+            if work.nbytes >= collector.LONG_BYTES:
+                pause.end()
+            if not dry_run:
+                work.run(atomic=atomic)
+        return work.report(time.perf_counter() - started, dry_run=dry_run)
 
 
 def _stored_dtype(placement: Placement) -> torch.dtype | None:

@@ -348,13 +348,16 @@ def take_now(request: TakeRequest) -> tuple[Take, Manifest, bytes]:
         Its bytes.
     """
     take = Take(request)
-    try:
-        take.gather()
-        take.write()
-        return (take, *take.commit())
-    except BaseException:
-        take.abort()
-        raise
+    with collector.paused() as pause:
+        try:
+            take.gather()
+            if take.total_bytes >= collector.LONG_BYTES:
+                pause.end()
+            take.write()
+            return (take, *take.commit())
+        except BaseException:
+            take.abort()
+            raise
 
 
 def _source(leaf: tree.Array) -> Source:

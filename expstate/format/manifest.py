@@ -232,11 +232,10 @@ def decode(data: bytes) -> Manifest:
     if is_torn(data):
         msg = "the manifest is incomplete: its take was interrupted"
         raise SnapshotNotFoundError(msg)
-    body, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
-    if tail != _TAIL_START + blake3(body).hexdigest().encode() + _TAIL_END:
+    if data[-_TAIL_BYTES:] != _TAIL_START + blake3(memoryview(data)[:-_TAIL_BYTES]).hexdigest().encode() + _TAIL_END:
         msg = "the manifest is damaged: its bytes do not match its digest"
         raise SnapshotCorruptError(msg)
-    head = _HEAD.match(body)
+    head = _HEAD.match(data)
     if head is None:
         msg = "the manifest does not begin with a format and an id"
         raise ManifestError(msg)
@@ -245,12 +244,12 @@ def decode(data: bytes) -> Manifest:
         raise UnsupportedFormatError(msg)
     try:
         with collector.paused():
-            manifest = _decoder.decode(body + b"}")
+            manifest = _decoder.decode(data)
     except RecursionError:
         msg = "the manifest is nested too deeply"
         raise ManifestError(msg) from None
     except (msgspec.MsgspecError, ValueError) as error:
-        _check_features(_features_of(body))
+        _check_features(_features_of(data))
         msg = f"the manifest is not of the form of format {FORMAT}: {error}"
         raise ManifestError(msg) from error
     _check_features(manifest.requires)
@@ -261,10 +260,10 @@ class _Features(msgspec.Struct):
     requires: tuple[str, ...] = ()
 
 
-def _features_of(body: bytes) -> tuple[str, ...]:
+def _features_of(data: bytes) -> tuple[str, ...]:
     # A part of the format that is not known here may be what made the records unreadable.
     try:
-        return msgspec.json.decode(body + b"}", type=_Features).requires
+        return msgspec.json.decode(data, type=_Features).requires
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return ()
 

@@ -19,7 +19,7 @@ _DOTS = re.compile(r"\.{2,}")
 _FILE_NAME = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,230}-[0-9a-f]{8}\.safetensors")
 _ID = re.compile(r"[0-9a-f]{32}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
-_LEASE = re.compile(r"\.attempt-([0-9a-f]{8})\.json")
+_LEASE = re.compile(r"\.attempt-([0-9a-f]{8})\.json|\.\.attempt-([0-9a-f]{8})\.json\.\2")
 _LABEL_BYTES = 255
 _RESERVED = {"latest", "live", ".", ".."}
 _KEY_LENGTH = 64
@@ -50,9 +50,13 @@ def lease_name(attempt: str) -> str:
 
 
 def attempt_of_lease(name: str) -> str | None:
-    """The attempt that a lease is for, or None if this is not the name of one."""
+    """The attempt that a lease is for, or None if this is not the name of one, nor of one that was being written.
+
+    >>> attempt_of_lease(".attempt-3f9a2c71.json"), attempt_of_lease("..attempt-3f9a2c71.json.3f9a2c71"), attempt_of_lease("notes.json")
+    ('3f9a2c71', '3f9a2c71', None)
+    """
     match = _LEASE.fullmatch(name)
-    return match and match.group(1)
+    return match and (match.group(1) or match.group(2))
 
 
 def is_of_attempt(name: str, attempt: str) -> bool:

@@ -163,8 +163,10 @@ def watched(changes: Changes) -> Iterator[Changes]:
     try:
         for name, function in really.items():
             setattr(os, name, changes.wrapped(name, function))
+        local._libc = Library()  # type: ignore[assignment]
         yield changes
     finally:
+        local._libc = library
         for name, function in really.items():
             setattr(os, name, function)
 
