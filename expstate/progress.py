@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 import threading
@@ -101,10 +103,9 @@ def in_notebook() -> bool:
 
 def _bar(operation: str, total_bytes: int) -> Any:
     try:
-        if in_notebook():
-            from tqdm.auto import tqdm  # noqa: PLC0415 - only where a bar is shown
-        else:
-            from tqdm import tqdm  # noqa: PLC0415
+        # In a notebook a widget, where there are widgets; tqdm.auto warns where there are none.
+        name = "tqdm.notebook" if in_notebook() and importlib.util.find_spec("ipywidgets") else "tqdm"
+        tqdm: Any = importlib.import_module(name).tqdm
     except ImportError:
         return None  # a bare GPU machine: no bar
     tqdm.monitor_interval = 0  # its watcher thread is not needed: every piece updates the bar
