@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ LONG_BYTES = 1024**3
 """Moving this much takes about a second: long enough for garbage of other threads to matter."""
 
 _lock = threading.Lock()
-_depth = 0
+_pauses: set[Pause] = set()
 _was_on = False
 
 
@@ -22,24 +23,34 @@ class Pause:
     """One reason for the collector to wait; ``end`` takes it back."""
 
     def __init__(self) -> None:
-        global _depth, _was_on  # noqa: PLW0603 - the collector is one for the process, and so is this
-        self._ended = False
+        global _was_on  # noqa: PLW0603 - the collector is one for the process, and so is this
         with _lock:
-            if _depth == 0:
+            if not _pauses:
                 _was_on = gc.isenabled()
                 gc.disable()
-            _depth += 1
+            _pauses.add(self)
 
     def end(self) -> None:
         """Let the collector run again, unless there are other reasons for it to wait."""
-        global _depth  # noqa: PLW0603 - see above
         with _lock:
-            if self._ended:
+            if self not in _pauses:
                 return
-            self._ended = True
-            _depth -= 1
-            if _depth == 0 and _was_on:
+            _pauses.remove(self)
+            if not _pauses and _was_on:
                 gc.enable()
+
+
+def _forget_pauses() -> None:
+    # In a forked child the parent's threads will not end their pauses, and one of them may hold the lock.
+    global _lock  # noqa: PLW0603 - see above
+    _lock = threading.Lock()
+    if _pauses and _was_on:
+        gc.enable()
+    _pauses.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pauses)
 
 
 @contextlib.contextmanager

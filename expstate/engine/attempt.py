@@ -229,6 +229,7 @@ class Attempt:
         """Remove what this attempt has put there, unless it turns out to be committed; what cannot be removed is left to ``gc``."""
         with contextlib.suppress(ExpstateError, OSError):
             if self._holds_lease():
+                self._remove_temporary()
                 if self._is_committed():
                     self.committed = True
                     # The commit may have failed in making itself durable, and until it is, what it replaced is still needed.
@@ -242,6 +243,17 @@ class Attempt:
                 self._storage.delete(self._lease_name)
             if self._made_folder:
                 self._storage.remove_folder()
+
+    def _remove_temporary(self) -> None:
+        # An interrupt can come between any two steps of the storage's.
+        for info in list(self._storage.list()):
+            if info.name.startswith(".") and names.is_of_attempt(info.name, self.token):
+                self._storage.delete(info.name)
+
+    def release(self) -> None:
+        """Give up the lease, if this attempt has it."""
+        if self._holds_lease():
+            self._storage.delete(self._lease_name)
 
     def _holds_lease(self) -> bool:
         # Looked at and not remembered: an interrupt can come between the creation and the note of it.
@@ -300,19 +312,22 @@ def delete(storage: Storage) -> None:
     for name in files:
         names.check_file_name(name)
     attempt = Attempt(storage, manifest.id, "delete")
-    lease = names.lease_name(attempt.token)
-    attempt.hold(files)
     try:
+        attempt.hold(files)
         storage.delete(names.MANIFEST, expected=data)
-    except FileExistsError:
-        storage.delete(lease)
+    except SnapshotExistsError:
+        raise
+    except (FileExistsError, FileNotFoundError):
+        attempt.release()
         msg = f"the snapshot at {storage.url!r} was replaced or deleted meanwhile"
         raise SnapshotReplacedError(msg) from None
     except BaseException:
-        if read_committed(storage) == data:
-            storage.delete(lease)
+        # If it is gone in spite of the error, the lease leads gc to the rest.
+        with contextlib.suppress(ExpstateError, OSError):
+            if read_committed(storage) is not None:
+                attempt.release()
         raise
-    remains = (*files, names.ANNOTATIONS, lease)
+    remains = (*files, names.ANNOTATIONS, names.lease_name(attempt.token))
     try:
         storage.flush()
         _delete_all(storage, remains)

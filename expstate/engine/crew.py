@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -60,11 +61,21 @@ class Crew(Generic[Job]):
         How many.
     stop : Stop
         Shared by all that belongs to the operation.
+    around : callable
+        Gives a context that each thread works in.
     """
 
-    def __init__(self, jobs: Iterable[Job], work: Callable[[Job], None], threads: int, stop: Stop) -> None:
+    def __init__(
+        self,
+        jobs: Iterable[Job],
+        work: Callable[[Job], None],
+        threads: int,
+        stop: Stop,
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         self._jobs = iter(jobs)
         self._work = work
+        self._around = around
         self._lock = threading.Lock()
         self._stop = stop
         self._begun = 0
@@ -87,12 +98,13 @@ class Crew(Generic[Job]):
         with self._changed:
             self._begun += 1
         try:
-            while not self._stop.is_set():
-                with self._lock:
-                    job = next(self._jobs, _END)
-                if isinstance(job, _End):
-                    break
-                self._work(job)
+            with self._around():
+                while not self._stop.is_set():
+                    with self._lock:
+                        job = next(self._jobs, _END)
+                    if isinstance(job, _End):
+                        break
+                    self._work(job)
         except BaseException as error:  # noqa: BLE001 - raised again by wait()
             self._stop.set(error)
         finally:
@@ -124,10 +136,13 @@ class Crew(Generic[Job]):
         """
         interrupt: BaseException | None = None
         while True:
-            # Not Thread.join, which takes a thread for dead when it is interrupted. One that has not begun finds itself stopped.
+            # Not by Thread.join alone, which takes a thread for dead when it is interrupted.
             try:
                 with self._changed:
                     self._changed.wait_for(lambda: self._ended == self._begun)
+                for thread in self._threads:
+                    if thread.ident is not None:
+                        thread.join()
             except KeyboardInterrupt as error:
                 interrupt = error
                 continue
@@ -136,9 +151,15 @@ class Crew(Generic[Job]):
             raise interrupt
 
 
-def run(jobs: Iterable[Job], work: Callable[[Job], None], threads: int, stop: Stop) -> None:
+def run(
+    jobs: Iterable[Job],
+    work: Callable[[Job], None],
+    threads: int,
+    stop: Stop,
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> None:
     """Work through ``jobs`` and wait."""
-    crew = Crew(jobs, work, threads, stop)
+    crew = Crew(jobs, work, threads, stop, around)
     try:
         crew.start(or_work_here=True)
         crew.wait()

@@ -29,6 +29,10 @@ WINDOW_BYTES = 16 * MIB
 SLACK_BYTES = 2 * 4096
 """Room in a buffer for the parts of pages at both ends of a window."""
 
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK of Linux, which Python has no name for
+_ADVICE = (mmap.MADV_HUGEPAGE, _WIPE_ON_FORK) if hasattr(mmap, "MADV_HUGEPAGE") else ()
+"""Large pages; and pages that a forked child gets empty: else this process would write to a copy of them, and a device to the old ones."""
+
 _DEFAULT_SHARE = 0.5
 _DEFAULT_MOST = 32 * GIB
 _CGROUP_FILES = (
@@ -110,6 +114,7 @@ class Buffer:
         self._map: mmap.mmap | None = None
         self._tensor: torch.Tensor | None = None
         self._registered = False
+        self._device = 0
         if pinned_for is not None and pinned_for != "cuda":
             self._tensor = _pinned_tensor(size)
         if self._tensor is not None:
@@ -117,14 +122,17 @@ class Buffer:
             self.view = memoryview((ctypes.c_ubyte * size).from_address(self.address)).cast("B")
             return
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+        for advice in _ADVICE:
+            with contextlib.suppress(OSError):  # a kernel without it
+                self._map.madvise(advice)
         self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._map))
         self.view = memoryview(self._map)
         if pinned_for == "cuda":
             # Our own pages are pinned: torch's pinned allocator rounds sizes up to powers of two and keeps what it has.
+            self._device = torch.cuda.current_device()
             self._registered = int(torch.cuda.cudart().cudaHostRegister(self.address, size, 0)) == 0
+            if not self._registered:
+                _forget_failure()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -138,12 +146,20 @@ class Buffer:
         """Unpin it; the memory goes back to the system with the last reference."""
         if self._registered:
             self._registered = False
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            # In whichever thread this is: asked from device 0, the driver would make a context there.
+            with torch.cuda.device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def _forget_failure() -> None:
+    """Copies do without pinned memory, but CUDA remembers the failure and blames the thread's next kernel: let it be this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _pinned_tensor(size: int) -> torch.Tensor | None:
     try:
-        tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        tensor = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     except (RuntimeError, NotImplementedError):
         return None  # an accelerator without pinned memory
     return tensor if tensor.data_ptr() % mmap.PAGESIZE == 0 else None

@@ -208,7 +208,8 @@ class PieceReader:
             jobs = windows(reads, self._staging.window_bytes)
         self._left = {id(job): job for job in jobs}
         try:
-            crew.run(jobs, self._do, max(1, min(self._threads, self._staging.count, len(jobs))), self._stop)
+            threads = max(1, min(self._threads, self._staging.count, len(jobs)))
+            crew.run(jobs, self._do, threads, self._stop, self._streams.on_device)
         finally:
             self._streams.join()
 

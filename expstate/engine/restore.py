@@ -260,8 +260,8 @@ def _like(live: tree.Array, device: torch.device) -> tuple[Any, torch.Tensor]:
 def _shadow(placement: Placement) -> torch.Tensor:
     """Host memory for what goes to live memory later."""
     if placement.entry.kind == "numpy":
-        return torch.empty(placement.entry.nbytes, dtype=torch.uint8)
-    return torch.empty(placement.entry.shape, dtype=_stored_dtype(placement))
+        return torch.empty(placement.entry.nbytes, dtype=torch.uint8, device="cpu")
+    return torch.empty(placement.entry.shape, dtype=_stored_dtype(placement), device="cpu")
 
 
 def _copy(shadow: torch.Tensor, placement: Placement) -> None:

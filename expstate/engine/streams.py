@@ -47,7 +47,13 @@ class SideStreams:
                 module: Any = torch.get_device_module(device)
                 if stream is not None:
                     stack.enter_context(module.stream(stream))
-            yield events
+            try:
+                yield events
+            except BaseException:
+                # What was begun still reads or writes the buffer, which someone else gets next. On a device that has failed nothing moves.
+                with contextlib.suppress(RuntimeError):
+                    self._synchronize()
+                raise
             for device, stream in self._streams.items():
                 module = torch.get_device_module(device)
                 if stream is not None:
@@ -55,6 +61,22 @@ class SideStreams:
                     events[-1].record(stream)
                 else:
                     module.synchronize()
+
+    def _synchronize(self) -> None:
+        for device, stream in self._streams.items():
+            (torch.get_device_module(device) if stream is None else stream).synchronize()
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """What a thread of the engine works in.
+
+        A new thread begins on device 0 whatever its starter's is, and the first thing it asked of the driver would make a context
+        there: memory that a rank on another device has no use for.
+        """
+        for device in self._streams:
+            module: Any = torch.get_device_module(device)
+            if hasattr(module, "device"):
+                return module.device(device)  # type: ignore[no-any-return]
+        return contextlib.nullcontext()
 
     def join(self) -> None:
         """What the caller queues from here on comes after the copies."""

@@ -7,6 +7,7 @@ happens behind it.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ class FilesWriter:
         self._threads = max(1, min(threads, staging.count, len(self._windows)))
         self._create_lock = threading.Lock()
         self._behind: crew.Crew[_Staged] | None = None
+        self._staged: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
         self.digests = [[bytearray(box.block_count * DIGEST_BYTES) for box in file.boxes] for file in files]
         self.created: list[str] = []
 
@@ -207,7 +209,7 @@ class FilesWriter:
                 self._digest_staged(window, buffer, plain=False)
                 self._write(window, buffer)
 
-        crew.run(self._windows, work, self._threads, self._stop)
+        crew.run(self._windows, work, self._threads, self._stop, self._streams.on_device)
         self._finish()
 
     def stage_all(self) -> None:
@@ -215,7 +217,6 @@ class FilesWriter:
 
         When this returns, the tensors may change. ``finish_staged`` must be called, from any thread.
         """
-        staged: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
 
         def behind(item: _Staged) -> None:
             try:
@@ -227,7 +228,7 @@ class FilesWriter:
                 self._staging.release(item.buffer)
 
         # Started before the copies: a thread takes long to start on a machine whose cores are busy writing.
-        self._behind = crew.Crew(_until_end(staged), behind, self._threads, self._stop)
+        self._behind = crew.Crew(_until_end(self._staged), behind, self._threads, self._stop, self._streams.on_device)
         fits = len(self._windows) <= self._staging.count
         held: list[_Staged] = []
 
@@ -240,11 +241,11 @@ class FilesWriter:
                 raise
             held.append(item)
             if not fits:
-                staged.put(item)
+                self._staged.put(item)
 
         try:
             self._behind.start()
-            crew.run(self._windows, ahead, self._threads, self._stop)
+            crew.run(self._windows, ahead, self._threads, self._stop, self._streams.on_device)
             for item in held:
                 for event in item.events:
                     event.synchronize()
@@ -256,8 +257,8 @@ class FilesWriter:
         finally:
             # What fits is digested and written afterwards, so that it does not slow the copies.
             for item in held if fits else ():
-                staged.put(item)
-            staged.put(None)
+                self._staged.put(item)
+            self._staged.put(None)
 
     def finish_staged(self) -> None:
         """Wait until everything that ``stage_all`` has copied is durable."""
@@ -276,9 +277,21 @@ class FilesWriter:
         """Wait for the threads to leave, and let go of all files."""
         if self._behind is not None:
             self._behind.join()
+            self._release_staged()
         for state in self._open:
             if state.writer is not None:
                 state.writer.abort()
+
+    def _release_staged(self) -> None:
+        """Give back the buffers of windows that nobody will write, once nothing moves in them."""
+        # A device that has failed moves nothing either, and says so.
+        with self._streams.on_device(), contextlib.suppress(queue.Empty, RuntimeError):
+            while True:
+                item = self._staged.get_nowait()
+                if item is not None:
+                    for event in item.events:
+                        event.synchronize()
+                    self._staging.release(item.buffer)
 
     # Reading back what a storage may not have written
 

@@ -23,7 +23,7 @@ def as_tensor(value: Any) -> torch.Tensor | None:
     if np is None or type(value) is not np.ndarray or not is_simple(value.dtype):
         return None
     if value.nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     if not value.flags.c_contiguous:
         if value.dtype.kind in "biuf" and value.dtype.isnative and value.dtype.itemsize <= _LARGEST_ITEM:
             try:
@@ -65,7 +65,7 @@ def empty(dtype: str, shape: tuple[int, ...]) -> tuple[Any, torch.Tensor]:
         raise ValueError(msg)
     array = np.empty(shape, parsed)
     if array.nbytes == 0:
-        return array, torch.empty(0, dtype=torch.uint8)
+        return array, torch.empty(0, dtype=torch.uint8, device="cpu")
     return array, torch.from_numpy(array.reshape(-1).view(np.uint8))
 
 

@@ -230,7 +230,7 @@ def copy_in(
         for view, first in runs(tensor, start // size, stop // size):
             offset = first * size - start
             nbytes = view.numel() * size
-            if stored == view.dtype and not view.is_cpu and view.is_contiguous():
+            if stored == view.dtype and not view.is_cpu and view.is_contiguous() and not (view.is_conj() or view.is_neg()):
                 assert source is not None, "a copy to a device needs the source as a tensor"
                 as_bytes(view).copy_(source[offset : offset + nbytes], non_blocking=True)
                 continue
