@@ -6,6 +6,7 @@ the file or do not tile the shape. A manifest that passes can be read without fu
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MAX_DIMENSIONS = 64
+_MAX_CUT_DIMENSIONS = 8
 _MAX_TENSOR_BYTES = 2**62
 _MAX_FILE_BYTES = 2**62
 _KINDS = {"tensor", "parameter", "numpy"}
@@ -85,10 +87,15 @@ def _check_paths(manifest: Manifest) -> None:
     """Each path once, each below a container, each key with a state."""
     kinds: dict[str, type] = {}
     keys = {paths.quote(record.key) for record in manifest.keys}
+    if len(keys) < len(manifest.keys):
+        msg = "the manifest names a key twice"
+        raise ManifestError(msg)
     for entry in manifest.entries:
         path = entry.path
         if path in kinds:
             _fail(path, "is there twice")
+        if not paths.is_printable(path):
+            _fail(path, "has characters in it that no path holds")
         above, _, name = path.rpartition("/")
         if not above and path not in keys:
             _fail(path, "is not one of the keys")
@@ -98,10 +105,17 @@ def _check_paths(manifest: Manifest) -> None:
         if isinstance(entry, AliasEntry):
             _check_alias(entry, kinds)
         elif isinstance(entry, ContainerEntry):
-            codecs.by_name(entry.type)
+            _check_kind(entry)
     missing = keys - kinds.keys()
     if missing:
         _fail(min(missing), "is a key without a state")
+
+
+def _check_kind(entry: ContainerEntry) -> None:
+    try:
+        codecs.by_name(entry.type)
+    except ManifestError as error:
+        _fail(entry.path, f"cannot be read: {error}")
 
 
 def _check_alias(entry: AliasEntry, kinds: dict[str, type]) -> None:
@@ -197,29 +211,22 @@ def _check_disjoint(spans: list[Span], manifest: Manifest) -> None:
 
 
 def _check_tiling(entry: TensorEntry) -> None:
-    """The boxes cover the shape and nothing twice: their volumes add up to it and no two of them meet."""
-    boxes = [box for box in entry.boxes if box.sizes is not None and 0 not in box.sizes]
-    if sum(math.prod(box.sizes or ()) for box in boxes) != math.prod(entry.shape):
-        _fail(entry.path, "is not covered by its boxes")
-    if not entry.shape:
+    """The boxes cover each element of the shape once.
+
+    A sum of boxes is told by its corners, each counted up or down by how many of its sides are ends: the boxes are the whole exactly if
+    all corners but those of the whole cancel out. So the time that it takes grows with the boxes alone, however they lie.
+    """
+    if 0 in entry.shape:
         return
-    # Sorted by the first dimension, only boxes that share rows can meet.
-    boxes.sort(key=lambda box: box.starts or ())
-    active: list[Box] = []
-    for box in boxes:
-        first = _of(box.starts)[0]
-        active = [other for other in active if _of(other.starts)[0] + _of(other.sizes)[0] > first]
-        if any(_meet(box, other) for other in active):
-            _fail(entry.path, "has boxes that lie over each other")
-        active.append(box)
-
-
-def _of(place: tuple[int, ...] | None) -> Sequence[int]:
-    return place or ()
-
-
-def _meet(one: Box, other: Box) -> bool:
-    return all(
-        start < other_start + other_size and other_start < start + size
-        for start, size, other_start, other_size in zip(_of(one.starts), _of(one.sizes), _of(other.starts), _of(other.sizes), strict=True)
-    )
+    placed = [(box.starts or (), box.sizes or ()) for box in entry.boxes if 0 not in (box.sizes or ())]
+    cut = [number for number, whole in enumerate(entry.shape) if any(sizes[number] != whole for _, sizes in placed)]
+    if len(cut) > _MAX_CUT_DIMENSIONS:
+        _fail(entry.path, f"is cut along {len(cut)} dimensions, and at most {_MAX_CUT_DIMENSIONS} are read")
+    corners: dict[tuple[int, ...], int] = {}
+    whole = ((0,) * len(entry.shape), entry.shape)
+    for (starts, sizes), count in (*((place, 1) for place in placed), (whole, -1)):
+        for ends in itertools.product((0, 1), repeat=len(cut)):
+            corner = tuple(starts[number] + end * sizes[number] for number, end in zip(cut, ends, strict=True))
+            corners[corner] = corners.get(corner, 0) + (count if sum(ends) % 2 == 0 else -count)
+    if any(corners.values()):
+        _fail(entry.path, "is not covered by its boxes, or has boxes that lie over each other")

@@ -10,6 +10,9 @@ import torch
 
 _LARGEST_ITEM = 8  # of the real dtypes that torch shares with NumPy
 _KINDS = frozenset("biufcSUmMV")
+EMPTY_DTYPES = frozenset({"<U0", ">U0", "|S0", "|V0"})
+"""Names of dtypes without bytes, which are not simple: an array of them has nothing to read."""
+
 _NAME = re.compile(r"[<>|]([biufcSUmMV])([1-9]\d{0,9})(?:\[[0-9a-zA-Zμ]+\])?")
 
 

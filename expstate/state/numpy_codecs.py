@@ -17,7 +17,6 @@ from expstate.state.codecs import Codec, Parts, register
 from expstate.state.forms import is_live, part_forms, shape_of
 from expstate.state.values import NotPlainError, decode, encode
 
-_EMPTY_DTYPES = {"<U0", ">U0", "|S0", "|V0"}
 _SUBCLASSES = ("recarray", "matrix", "memmap")
 
 
@@ -59,7 +58,7 @@ def encode_dtype(dtype: Any) -> Any:
     if dtype.subdtype is not None:
         base, shape = dtype.subdtype
         return {"base": encode_dtype(base), "shape": [int(size) for size in shape]}
-    if numpy_arrays.is_simple(dtype) or dtype.str in _EMPTY_DTYPES or dtype.str == "|O":
+    if numpy_arrays.is_simple(dtype) or dtype.str in numpy_arrays.EMPTY_DTYPES or dtype.str == "|O":
         return dtype.str
     if dtype.kind == "T":
         return {"missing": encode(dtype.na_object) if hasattr(dtype, "na_object") else "none", "coerce": bool(dtype.coerce), "string": True}
@@ -83,7 +82,7 @@ def decode_dtype(encoded: Any, *, pointers: bool = False) -> Any:
     if isinstance(encoded, str):
         if encoded == "|O" and pointers:
             return np.dtype(object)
-        if encoded not in _EMPTY_DTYPES:
+        if encoded not in numpy_arrays.EMPTY_DTYPES:
             numpy_arrays.item_size(encoded)  # refuses what is not a plain name
         dtype = np.dtype(encoded)
     elif "extension" in encoded:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-_UNSAFE = re.compile("[%/\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_UNSAFE = re.compile(f"[%/{_UNPRINTABLE}]")
+_NO_PATH = re.compile(f"[{_UNPRINTABLE}]")
 _ESCAPE = re.compile("%([0-9A-F]{2})")
 _EMPTY = "%empty"
 
@@ -35,7 +37,7 @@ def quote(name: str) -> str:
 
 
 def unquote(part: str) -> str:
-    """The name that a part of a path stands for; undoes ``quote``.
+    """The name that a part of a path stands for; undoes ``quote``. What ``quote`` does not write stands for itself.
 
     >>> unquote(quote("a/b%"))
     'a/b%'
@@ -51,7 +53,19 @@ def unquote(part: str) -> str:
         raw.append(int(match.group(1), 16))
         position = match.end()
     raw += part[position:].encode("utf-8", "surrogatepass")
-    return raw.decode("utf-8", "surrogatepass")
+    try:
+        return raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return part
+
+
+def is_printable(path: str) -> bool:
+    """Whether a path can be shown as it is: every path that ``quote`` had a part in can.
+
+    >>> is_printable("model/caf\u00e9"), is_printable("model/\\x1b[31m")
+    (True, False)
+    """
+    return path.isprintable() or _NO_PATH.search(path) is None
 
 
 def key_parts(keys: Sequence[Any]) -> list[str]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expstate.errors import ManifestError, UnknownClassError
+from expstate.state import numpy_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -253,13 +254,20 @@ def _named(cls: type) -> Callable[[Any], Any]:
     return decode_named
 
 
+def _decode_fraction(tag: dict[str, Any]) -> fractions.Fraction:
+    numbers = _items(tag)
+    if any(type(number) is not int for number in numbers):
+        msg = "a fraction is of whole numbers"  # of a text, 1e999999999 would be written out
+        raise ManifestError(msg)
+    return fractions.Fraction(*numbers)
+
+
 def _decode_numpy(tag: dict[str, Any]) -> Any:
     import numpy as np  # noqa: PLC0415 - NumPy is optional
 
+    if tag["dtype"] not in numpy_arrays.EMPTY_DTYPES:
+        numpy_arrays.item_size(tag["dtype"])  # refuses what is not a plain name
     dtype = np.dtype(tag["dtype"])
-    if dtype.hasobject or dtype.names is not None:
-        msg = f"numpy dtype {tag['dtype']!r} is not allowed"
-        raise ManifestError(msg)
     data = base64.b64decode(tag["value"], validate=True)
     if dtype.itemsize == 0:  # an empty string has no bytes to read it from
         return dtype.type()
@@ -296,7 +304,7 @@ _DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "slice": lambda tag: slice(*_items(tag)),
     "ellipsis": lambda tag: ...,  # noqa: ARG005 - all decoders take the tag
     "decimal": lambda tag: decimal.Decimal(tag["value"]),
-    "fraction": lambda tag: fractions.Fraction(*_items(tag)),
+    "fraction": _decode_fraction,
     "uuid": lambda tag: uuid.UUID(hex=tag["value"]),
     "path": lambda tag: pathlib.Path(decode(tag["value"])),
     "pure_posix_path": lambda tag: pathlib.PurePosixPath(decode(tag["value"])),
