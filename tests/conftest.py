@@ -7,6 +7,10 @@ import random
 import sys
 
 import pytest
+
+# Before anything imports them: the tests of storages are shipped with the package, and pytest explains their asserts as it does those here.
+pytest.register_assert_rewrite("expstate.testing", "tests.engine.crashes", "tests.engine.processes")
+
 import torch
 
 try:

@@ -90,7 +90,7 @@ def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
             damaged.append(storage.url)
             continue
         for name in leases:
-            leftover = _dead(storage, files, name, needed)
+            leftover = _dead(storage, files, name, needed, leases)
             if leftover is None:
                 alive.append(f"{storage.url}/{name}")
                 continue
@@ -126,7 +126,7 @@ def _needed(storage: Storage) -> set[str] | None:
     return {record.name for record in manifest.files} | {names.MANIFEST, names.ANNOTATIONS}
 
 
-def _dead(storage: Storage, files: dict[str, FileInfo], lease_name: str, needed: set[str]) -> Leftover | None:
+def _dead(storage: Storage, files: dict[str, FileInfo], lease_name: str, needed: set[str], leases: Iterable[str]) -> Leftover | None:
     attempt = names.attempt_of_lease(lease_name)
     assert attempt is not None
     try:
@@ -147,7 +147,9 @@ def _dead(storage: Storage, files: dict[str, FileInfo], lease_name: str, needed:
             names.check_file_name(name)
         except UnsafePathError:
             continue
-        named.add(name)
+        # A copy of the snapshot that was to be replaced may be at work: its files have a lease of their own.
+        if not any(names.is_of_attempt(name, names.attempt_of_lease(other) or "") for other in leases if other != lease_name):
+            named.add(name)
     if action == "delete" and names.MANIFEST not in needed:
         named.add(names.ANNOTATIONS)
     theirs = [name for name in files if name not in needed and name != lease_name and (name in named or names.is_of_attempt(name, attempt))]

@@ -102,6 +102,7 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
     work = _Copy(target, staging, attempt, bar)
     try:
         attempt.begin(overwrite=False)
+        annotations = _annotations(source.storage)
         with source.opened() as opened:
             check_headers(opened)
             files, digests, entry_paths = _files(opened)
@@ -110,8 +111,9 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
                 assert reader is not None
                 work.copy_file(number, reader, file, digests, entry_paths)
         attempt.commit(data, {record.name: record.size for record in manifest.files})
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            target.create(names.ANNOTATIONS, source.storage.read(names.ANNOTATIONS, limit=MAX_BYTES), token=attempt.token)
+        if annotations is not None:
+            with contextlib.suppress(FileExistsError):
+                target.create(names.ANNOTATIONS, annotations, token=attempt.token)
         attempt.finish()
     except BaseException:
         attempt.abort(work.created)
@@ -119,6 +121,13 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
     finally:
         bar.close()
         staging.close()
+
+
+def _annotations(storage: Storage) -> bytes | None:
+    try:
+        return storage.read(names.ANNOTATIONS, limit=MAX_BYTES)
+    except FileNotFoundError:
+        return None
 
 
 def _files(source: SnapshotSource) -> tuple[list[DataFile], list[bytes], list[str]]:

@@ -64,11 +64,11 @@ def read_all(source: SnapshotSource, reads: Sequence[Read], budget: int, *, veri
         staging.close()
 
 
-def read_object_bytes(source: SnapshotSource, entry: ObjectEntry) -> bytes:
+def read_object_bytes(source: SnapshotSource, entry: ObjectEntry, budget: int) -> bytes:
     """The bytes of an object, always verified: they will be unpickled."""
     data = bytearray(entry.nbytes)
     tensor = torch.frombuffer(data, dtype=torch.uint8)
-    read_all(source, list(source.reads(entry, tensor)), memory.WINDOW_BYTES + memory.SLACK_BYTES, verify=True)
+    read_all(source, list(source.reads(entry, tensor)), budget, verify=True)
     return bytes(data)
 
 
@@ -84,7 +84,7 @@ def read_tree(source: SnapshotSource, path: str, *, device: torch.device | None,
     """
     entries = source.subtree(path)
     with source.opened(source.files_of(entries)) as opened:
-        values = _decode_objects(opened, entries, trust=trust)
+        values = _decode_objects(opened, entries, budget, trust=trust)
         made: dict[str, Any] = {}
         reads: list[Read] = []
         parts = []
@@ -106,13 +106,13 @@ def read_tree(source: SnapshotSource, path: str, *, device: torch.device | None,
     return tree.build(parts, {})
 
 
-def _decode_objects(source: SnapshotSource, entries: Sequence[Entry], *, trust: bool) -> dict[str, Any]:
+def _decode_objects(source: SnapshotSource, entries: Sequence[Entry], budget: int, *, trust: bool) -> dict[str, Any]:
     values = {}
     refused = []
     for entry in entries:
         if isinstance(entry, ObjectEntry):
             try:
-                values[entry.path] = unpickle_object(read_object_bytes(source, entry), trust=trust)
+                values[entry.path] = unpickle_object(read_object_bytes(source, entry, budget), trust=trust)
             except PickleNotAllowedError as error:
                 refused.append(f"entry {entry.path!r} ({entry.type}): {error}")
     if refused:

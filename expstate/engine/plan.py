@@ -225,6 +225,10 @@ class _KeyPlanner:
     def _add_container(self, entry: ContainerEntry, path: str, *, is_partial: bool) -> None:
         plan = self._plan
         plan.items.append((path, entry))
+        try:
+            codecs.by_name(entry.type).check(entry.meta)
+        except Exception as error:  # noqa: BLE001 - the metadata comes from a file
+            plan.problems.append(f"entry {entry.path!r}: {error}")
         live = self._live.get(path)
         if isinstance(live, tree.Container):
             plan.live_values[path] = live.value
@@ -241,6 +245,8 @@ class _KeyPlanner:
 
     def _check_merges(self, partial: set[str]) -> None:
         """Containers of which only a part comes back must be whole afterwards."""
+        if not partial:
+            return
         plan = self._plan
         children: dict[str, codecs.Parts] = {}
         for path, _ in plan.items:

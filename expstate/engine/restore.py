@@ -87,7 +87,7 @@ class _Restore:
             for index, (path, item) in enumerate(plan.items):
                 if isinstance(item, ObjectEntry):
                     try:
-                        data = read_object_bytes(self._source, item)
+                        data = read_object_bytes(self._source, item, self._budget)
                         plan.items[index] = (path, (unpickle_object(data, trust=self._options.trust),))
                     except PickleNotAllowedError as error:
                         refused.append(f"entry {item.path!r} ({item.type}): {error}")

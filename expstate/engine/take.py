@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,9 @@ class TakeRequest:
     progress: ProgressOption
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def check_app_state(app_state: object) -> None:
     """Refuse what is not a dict of keys and statefuls.
 
@@ -74,8 +78,8 @@ def check_app_state(app_state: object) -> None:
         msg = f"the app state must be a dict of keys and statefuls, got {type(app_state).__name__}"
         raise AppStateError(msg)
     for key, value in app_state.items():
-        if not isinstance(key, str) or not key:
-            msg = f"a key of the app state must be a text that is not empty, got {key!r}"
+        if not isinstance(key, str) or not key or _SURROGATE.search(key):
+            msg = f"a key of the app state must be a text that is not empty and has no lone surrogates, got {key!r}"
             raise AppStateError(msg)
         if isinstance(value, type) or not isinstance(value, Stateful):
             msg = f"{key!r} is a {type(value).__name__} without state_dict() and load_state_dict(); wrap plain values in StateDict"
@@ -393,7 +397,7 @@ def _bytes_tensor(data: bytes) -> torch.Tensor:
 
 def _without_values(leaf: tree.Leaf) -> tree.Leaf:
     if isinstance(leaf, tree.Array):
-        return tree.Array(leaf.path, leaf.kind, leaf.dtype, leaf.shape, torch.empty(0), None, leaf.requires_grad)
+        return tree.Array(leaf.path, leaf.kind, leaf.dtype, leaf.shape, torch.empty(0, device="cpu"), None, leaf.requires_grad)
     if isinstance(leaf, tree.Container):
         return tree.Container(leaf.path, leaf.type, leaf.meta, None)
     if isinstance(leaf, tree.Value):

@@ -143,9 +143,11 @@ def lay_out(
     rest = [box for box in boxes if box.nbytes % PAGE_BYTES]
     rest.sort(key=lambda box: -sources[box.source].itemsize)
     metadata = {"format": "pt"} | _aliases(sources, names, aliases)
+    # A tensor may be called what a part of another would be.
+    taken = frozenset(names) if any(box.rows is not None for box in boxes) else frozenset()
     files: list[DataFile] = []
     for group in _group(whole + rest, names, target_bytes):
-        header = _header(group, sources, names, {} if files else metadata)
+        header = _header(group, sources, names, taken, {} if files else metadata)
         for box in group:
             box.offset += len(header)
             box.source += first
@@ -210,13 +212,17 @@ def _group(boxes: Sequence[PlacedBox], names: Sequence[str], target_bytes: int) 
     yield group
 
 
-def _header(boxes: Sequence[PlacedBox], sources: Sequence[Source], names: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    boxes: Sequence[PlacedBox], sources: Sequence[Source], names: Sequence[str], taken: frozenset[str], metadata: Mapping[str, str]
+) -> bytes:
     fields: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     for box in boxes:
         source = sources[box.source]
         name, shape = names[box.source], source.shape
         if box.rows is not None:
             name = f"{name}#{box.rows[0]}"
+            while name in taken:
+                name += "%"
             shape = (box.rows[1] - box.rows[0], *shape[1:])
         dtype = _SAFETENSORS_NAMES.get(source.dtype)
         if dtype is None:

@@ -14,7 +14,14 @@ import msgspec
 from blake3 import blake3
 
 from expstate import collector
-from expstate.errors import ManifestError, ManifestTooLargeError, SnapshotCorruptError, SnapshotNotFoundError, UnsupportedFormatError
+from expstate.errors import (
+    InvalidMetadataError,
+    ManifestError,
+    ManifestTooLargeError,
+    SnapshotCorruptError,
+    SnapshotNotFoundError,
+    UnsupportedFormatError,
+)
 from expstate.settings import GIB, MIB
 from expstate.state import numpy_arrays, tensors
 
@@ -34,7 +41,7 @@ MAX_ENTRIES = 10_000_000
 
 _TAIL_START, _TAIL_END = b',"blake3":"', b'"}\n'
 _TAIL_BYTES = len(_TAIL_START) + 2 * DIGEST_BYTES + len(_TAIL_END)
-_TAIL = re.compile(rb',"blake3":"[0-9a-f]{64}"\}')
+_TAIL_AND_MORE = re.compile(rb',"blake3":"[0-9a-f]{64}"\}.', re.DOTALL)
 _HEAD = re.compile(rb'\{"format":(\d{1,9}),"id":"([0-9a-f]{32})"')
 
 
@@ -185,11 +192,17 @@ def encode(manifest: Manifest) -> bytes:
     ------
     ManifestTooLargeError
         If it is larger than readers accept.
+    InvalidMetadataError
+        If a text in it has lone surrogates, which JSON cannot hold.
     """
     if len(manifest.entries) > MAX_ENTRIES:
         msg = f"the state has {len(manifest.entries):,} entries, and a snapshot holds at most {MAX_ENTRIES:,}"
         raise ManifestTooLargeError(msg)
-    body = _encoder.encode(manifest)[:-1]
+    try:
+        body = _encoder.encode(manifest)[:-1]
+    except UnicodeEncodeError as error:
+        msg = f"a text cannot be recorded, because it has lone surrogates: {error.object[:80]!r}"
+        raise InvalidMetadataError(msg) from None
     data = body + _TAIL_START + blake3(body).hexdigest().encode() + _TAIL_END
     if len(data) > MAX_BYTES:
         msg = f"the manifest would have {len(data):,} bytes, and at most {MAX_BYTES:,} are read; put large plain values into tensors"
@@ -211,7 +224,7 @@ def is_torn(data: bytes) -> bool:
     expected = _TAIL_START + b"\0" * (2 * DIGEST_BYTES) + _TAIL_END
     fixed = [index for index, byte in enumerate(expected) if byte]
     if len(tail) < _TAIL_BYTES or sum(tail[index] == expected[index] for index in fixed) < len(fixed) // 2:
-        return _TAIL.search(data) is None
+        return _TAIL_AND_MORE.search(data) is None
     return False
 
 

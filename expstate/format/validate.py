@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 from expstate.errors import ManifestError, ManifestTooLargeError
 from expstate.format import names
@@ -26,9 +25,6 @@ from expstate.format.manifest import (
     TensorEntry,
 )
 from expstate.state import codecs, paths, tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _MAX_DIMENSIONS = 64
 _MAX_CUT_DIMENSIONS = 8

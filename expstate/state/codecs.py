@@ -55,6 +55,9 @@ class Codec(ABC):
             raise ValueError(msg)
         return meta, live_parts | parts
 
+    def check(self, meta: Any) -> None:  # noqa: B027 - most need nothing but themselves
+        """Raise what ``build`` would for lack of a class, a package or a device, before anything is read."""
+
     @abstractmethod
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
         """The value again. ``live`` is the object now in its place if it is of the same kind, to be refilled where that keeps identity.

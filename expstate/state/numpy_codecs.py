@@ -146,6 +146,9 @@ class _Records(_NumpyCodec):
             value = dense
         return meta, {"data": np.atleast_1d(value).reshape(-1).view(np.uint8)}
 
+    def check(self, meta: Any) -> None:
+        decode_dtype(meta["dtype"])
+
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
         if is_live(self, meta, parts, live):
             return live

@@ -45,6 +45,9 @@ class _PandasCodec(Codec):
         pd = sys.modules.get("pandas")
         return pd is not None and _is_of_pandas(value) and self.accepts_pandas(pd, value)
 
+    def check(self, meta: Any) -> None:  # noqa: ARG002 - the package is what may be missing
+        _pandas()
+
     @abstractmethod
     def accepts_pandas(self, pd: Any, value: Any) -> bool:
         """``accepts``, for what is a value of pandas."""

@@ -60,9 +60,9 @@ def unquote(part: str) -> str:
 
 
 def is_printable(path: str) -> bool:
-    """Whether a path can be shown as it is: every path that ``quote`` had a part in can.
+    r"""Whether a path can be shown as it is: every path that ``quote`` had a part in can.
 
-    >>> is_printable("model/caf\u00e9"), is_printable("model/\\x1b[31m")
+    >>> is_printable("model/café"), is_printable("model/\x1b[31m")
     (True, False)
     """
     return path.isprintable() or _NO_PATH.search(path) is None

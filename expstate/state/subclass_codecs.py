@@ -54,11 +54,11 @@ class _Subclass(Codec):
         }
         return meta, parts
 
+    def check(self, meta: Any) -> None:
+        _class_of(meta)
+
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
-        cls: Any = find_class(meta["module"], meta["class"], torch.Tensor)
-        if not _can_be_taken_apart(cls):
-            msg = f"class {meta['module']}.{meta['class']} cannot be put together from parts here"
-            raise UnknownClassError(msg)
+        cls = _class_of(meta)
         context, kept = decode(meta["context"]), is_live(self, meta, parts, live)
         if (meta["module"], meta["class"]) == _JAGGED:
             try:
@@ -97,6 +97,14 @@ def _with_stride(part: Any, stride: tuple[int, ...]) -> Any:
     if not stride or not _is_dense(part) or part.stride() == stride or not _fills(part.shape, stride):
         return part
     return torch.empty_strided(part.shape, stride, dtype=part.dtype, device=part.device).copy_(part)
+
+
+def _class_of(meta: Any) -> Any:
+    cls = find_class(meta["module"], meta["class"], torch.Tensor)
+    if not _can_be_taken_apart(cls):
+        msg = f"class {meta['module']}.{meta['class']} cannot be put together from parts here"
+        raise UnknownClassError(msg)
+    return cls
 
 
 def _outer(meta: Any) -> tuple[torch.Size | None, tuple[int, ...] | None]:

@@ -136,6 +136,9 @@ class _Generator(Codec):
     def flatten(self, value: Any) -> tuple[Any, Parts]:
         return {"device": str(value.device)}, {"state": value.get_state()}
 
+    def check(self, meta: Any) -> None:
+        _new_generator(torch.device(meta["device"]))
+
     def build(self, meta: Any, parts: Parts, live: Any) -> Any:
         device = torch.device(meta["device"])
         state = tensor_part(parts, "state").cpu()

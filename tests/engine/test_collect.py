@@ -1,167 +1,246 @@
-"""Garbage collection: what dead attempts left goes, and nothing else."""
+"""Garbage collection removes what the dead left, all of it, and can be interrupted anywhere."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-import msgspec
 import pytest
-import torch
 
-from expstate import Snapshot, StateDict, gc
-from expstate.engine import lease as leases
-from expstate.engine.lease import Lease
+from expstate import gc
+from expstate.errors import StorageError
+from expstate.format import names
+from expstate.storage.local import LocalStorage
+from tests.engine.leftovers import DEAD, LIVING, age, data_name, lease, listing, put, take
 
-ATTEMPT = "3f9a2c71"
-ID = ATTEMPT + "0" * 24
-DATA = f"model-00001-{ATTEMPT}.safetensors"
-
-
-def lease_of(*, pid: int, started: int | None, boot: str | None = None, files: tuple[str, ...] = (), action: str = "take") -> bytes:
-    """A lease of some process of this boot, or of another."""
-    here = leases.boot_id() if boot is None else boot
-    return msgspec.json.encode(Lease(ID, action, "host", here, leases.process_namespace(), pid, started, time.time(), files))
+# What is removed
 
 
-def dead_process() -> int:
-    """The id of a process that is gone."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def leave(folder: Path, lease: bytes, *, age: float = 0.0) -> Path:
-    """What an interrupted take leaves: a lease, a data file, a temporary file; and files of other people."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".attempt-{ATTEMPT}.json"
-    path.write_bytes(lease)
-    os.utime(path, (time.time() - age, time.time() - age))
-    (folder / DATA).write_bytes(b"x" * 100)
-    (folder / f".snapshot.json.{ATTEMPT}").write_bytes(b"x")
-    (folder / "notes.txt").write_text("mine")
-    (folder / "model-00001-aaaaaaaa.safetensors").write_bytes(b"another attempt's")
-    return path
-
-
-KEPT = {"notes.txt", "model-00001-aaaaaaaa.safetensors"}
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def test_leftovers_of_a_dead_process_go_and_other_files_stay(tmp_path: Path) -> None:
-    """Files that carry the attempt's id go, the lease last; what others keep in the folder stays."""
-    leave(tmp_path, lease_of(pid=dead_process(), started=1))
+def test_what_a_dead_attempt_left_is_removed(tmp_path: Path) -> None:
+    """Its data files, its temporary files, its lease and the folder if that is empty then."""
+    folder = tmp_path / "run"
+    put(
+        folder,
+        data_name(),
+        data_name(number=2),
+        "base/" + data_name(),
+        f".snapshot.json.{DEAD[:8]}",
+        f"..attempt-{DEAD[:8]}.json.{DEAD[:8]}",
+    )
+    its = lease(folder)
+    size = its.stat().st_size
     report = gc(tmp_path)
+
+    assert not folder.exists()
     (leftover,) = report.removed
-    assert (ATTEMPT, "take", f".attempt-{ATTEMPT}.json") == (leftover.attempt, leftover.action, leftover.files[-1])
-    assert {DATA, f".snapshot.json.{ATTEMPT}", f".attempt-{ATTEMPT}.json"} == set(leftover.files)
-    assert report.nbytes > 100
-    assert KEPT == names_in(tmp_path)
+    assert (str(folder), DEAD[:8], "take") == (leftover.url, leftover.attempt, leftover.action)
+    assert 5 * 10 + size == leftover.nbytes == report.nbytes
+    assert ((), ()) == (report.alive, report.damaged)
+
+
+def test_the_lease_goes_last(tmp_path: Path) -> None:
+    """As long as anything is left it can be found by its lease, so a collection may be interrupted anywhere."""
+    put(tmp_path, data_name(), data_name(number=2), data_name(number=3))
+    its = lease(tmp_path)
+    really_delete = LocalStorage.delete
+    deleted: list[str] = []
+
+    def delete(storage: LocalStorage, name: str, **named: Any) -> None:
+        if len(deleted) == 2:
+            raise KeyboardInterrupt
+        deleted.append(name)
+        really_delete(storage, name, **named)
+
+    with patch.object(LocalStorage, "delete", delete), pytest.raises(KeyboardInterrupt):
+        gc(tmp_path)
+
+    assert 2 == len(listing(tmp_path))
+    assert its.exists()
+    (leftover,) = gc(tmp_path).removed
+    assert its.name == leftover.files[-1]
+    assert ["(gone)"] == listing(tmp_path)
 
 
 def test_a_dry_run_removes_nothing(tmp_path: Path) -> None:
-    """It reports the same and leaves everything."""
-    leave(tmp_path, lease_of(pid=dead_process(), started=1))
-    before = names_in(tmp_path)
-    assert 1 == len(gc(tmp_path, dry_run=True).removed)
-    assert before == names_in(tmp_path)
+    """It reports what would go, and the same goes then."""
+    put(tmp_path, data_name(), "notes.txt")
+    lease(tmp_path)
+    before = listing(tmp_path)
+    planned = gc(tmp_path, dry_run=True)
+
+    assert before == listing(tmp_path)
+    assert planned == gc(tmp_path)
+    assert ["notes.txt"] == listing(tmp_path)
 
 
-def test_a_process_that_lives_is_left_alone_however_old_its_lease(tmp_path: Path) -> None:
-    """A laptop that slept for a week wakes up and commits."""
-    leave(tmp_path, lease_of(pid=os.getpid(), started=leases.start_time(os.getpid())), age=10 * 24 * 3600)
+def test_leftovers_of_several_attempts_in_several_folders(tmp_path: Path) -> None:
+    """Each is reported by itself, wherever it is below the folder."""
+    other = "abad1dea" * 4
+    for folder in (tmp_path / "a", tmp_path / "b" / "c"):
+        put(folder, data_name(), data_name(other))
+        lease(folder)
+        lease(folder, other)
     report = gc(tmp_path)
-    assert ((), 1) == (report.removed, len(report.alive))
-    assert DATA in names_in(tmp_path)
+
+    assert sorted(
+        [(str(tmp_path / "a"), n[:8]) for n in (DEAD, other)] + [(str(tmp_path / "b/c"), n[:8]) for n in (DEAD, other)]
+    ) == sorted((leftover.url, leftover.attempt) for leftover in report.removed)
+    assert ["b"] == listing(tmp_path)
 
 
-def test_a_process_id_that_was_given_out_again_is_dead(tmp_path: Path) -> None:
-    """The process of this id was started at another time than the one that took the lease."""
-    leave(tmp_path, lease_of(pid=os.getpid(), started=12345))
-    assert 1 == len(gc(tmp_path).removed)
-
-
-@pytest.mark.parametrize(("age", "removed"), [(3600.0, 0), (25 * 3600.0, 1)])
-def test_another_boot_is_dead_after_a_day_without_a_sign(tmp_path: Path, age: float, removed: int) -> None:
-    """Whether a process of another machine lives, only its lease can tell."""
-    leave(tmp_path, lease_of(pid=1, started=1, boot="another"), age=age)
-    assert removed == len(gc(tmp_path).removed)
-
-
-@pytest.mark.parametrize(("age", "removed"), [(3600.0, 0), (25 * 3600.0, 1)])
-def test_a_lease_that_cannot_be_read_counts_by_its_age(tmp_path: Path, age: float, removed: int) -> None:
-    """A power cut can leave one without a word of whose it is: it gave no sign for as long as it is old."""
-    leave(tmp_path, b"{", age=age)
-    assert removed == len(gc(tmp_path).removed)
-
-
-def test_a_folder_without_a_lease_is_not_touched(tmp_path: Path) -> None:
-    """Files that look like leftovers may be somebody's."""
-    leave(tmp_path, lease_of(pid=dead_process(), started=1)).unlink()
-    before = names_in(tmp_path)
-    assert () == gc(tmp_path).removed
-    assert before == names_in(tmp_path)
-
-
-def test_files_that_the_manifest_names_stay(tmp_path: Path) -> None:
-    """A process that died between the commit and the end of its lease leaves a whole snapshot."""
-    snapshot = Snapshot.take(tmp_path / "s", {"model": StateDict(w=torch.ones(3))})
-    lease = msgspec.json.encode(
-        Lease(snapshot.id, "take", "host", leases.boot_id(), leases.process_namespace(), dead_process(), 1, 0.0, (DATA,))
-    )
-    (tmp_path / "s" / f".attempt-{snapshot.id[:8]}.json").write_bytes(lease)
-    (leftover,) = gc(tmp_path).removed
-    assert (f".attempt-{snapshot.id[:8]}.json",) == leftover.files
-    assert Snapshot(tmp_path / "s").verify().ok
-
-
-def test_nothing_goes_where_the_manifest_is_damaged(tmp_path: Path) -> None:
-    """What a damaged manifest needs cannot be known."""
-    snapshot = Snapshot.take(tmp_path, {"model": StateDict(w=torch.ones(3))})
-    manifest = tmp_path / "snapshot.json"
-    data = bytearray(manifest.read_bytes())
-    data[50] ^= 1
-    manifest.unlink()
-    manifest.write_bytes(data)
-    lease = lease_of(pid=dead_process(), started=1).replace(ID.encode(), snapshot.id.encode())
-    (tmp_path / f".attempt-{snapshot.id[:8]}.json").write_bytes(lease)
-    before = names_in(tmp_path)
-    report = gc(tmp_path)
-    assert ((), (str(tmp_path),)) == (report.removed, report.damaged)
-    assert before == names_in(tmp_path)
-
-
-def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
-    """The lease of a deletion names the files, whatever ids they carry."""
-    leave(tmp_path, lease_of(pid=dead_process(), started=1, files=("model-00001-aaaaaaaa.safetensors", "../evil"), action="delete"))
-    (tmp_path / "annotations.json").write_text("{}")
-    gc(tmp_path)
-    assert {"notes.txt"} == names_in(tmp_path)
-
-
-def test_folders_below_are_looked_at_and_links_are_not_followed(tmp_path: Path) -> None:
-    """Snapshots nest; a link may lead anywhere."""
-    outside = tmp_path / "outside"
-    leave(outside, lease_of(pid=dead_process(), started=1))
-    root = tmp_path / "root"
-    leave(root / "a" / "b", lease_of(pid=dead_process(), started=1))
-    (root / "link").symlink_to(outside)
-    assert [str(root / "a" / "b")] == [leftover.url for leftover in gc(root).removed]
-    assert DATA in names_in(outside)
-
-
-def test_a_folder_that_is_empty_afterwards_goes(tmp_path: Path) -> None:
-    """Only the folder that held nothing else."""
+def test_a_torn_commit_is_removed_with_its_attempt(tmp_path: Path) -> None:
+    """A manifest that was never finished protects nothing; its data files go."""
     folder = tmp_path / "run"
-    leave(folder, lease_of(pid=dead_process(), started=1))
-    for name in KEPT:
-        (folder / name).unlink()
+    put(folder, data_name())
+    (folder / names.MANIFEST).write_bytes(b'{"format":1,"id":"' + DEAD.encode())
+    lease(folder)
     gc(tmp_path)
-    assert not folder.exists()
-    assert tmp_path.exists()
+
+    assert [names.MANIFEST] == listing(folder)
+
+
+def test_a_lease_that_was_never_finished_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    """A temporary file that was to be a lease, or a lease without content, tells its age and no more."""
+    for folder, name in ((tmp_path / "a", names.lease_name(DEAD[:8])), (tmp_path / "b", f"..attempt-{DEAD[:8]}.json.{DEAD[:8]}")):
+        put(folder, name, data_name())
+        (folder / name).write_bytes(b"")
+        assert (folder.as_posix() + "/" + name,) == gc(folder).alive
+        age(folder / name)
+        gc(folder)
+        assert not folder.exists()
+
+
+# Overwritten, copied, deleted
+
+
+def test_an_overwrite_that_died_after_its_commit_is_finished(tmp_path: Path) -> None:
+    """The replaced snapshot's files carry another id; the lease names them."""
+    snapshot = take(tmp_path / "run")
+    put(tmp_path / "run", data_name(LIVING))
+    lease(tmp_path / "run", snapshot.id, named=(data_name(LIVING),))
+    (leftover,) = gc(tmp_path).removed
+
+    assert (data_name(LIVING), names.lease_name(snapshot.id[:8])) == leftover.files
+    assert snapshot.verify().ok
+    assert 2 == len(listing(tmp_path / "run"))
+
+
+def test_an_overwrite_that_died_before_its_commit_leaves_the_old_snapshot(tmp_path: Path) -> None:
+    """What the lease names is needed as long as the manifest names it too."""
+    snapshot = take(tmp_path / "run")
+    (record,) = snapshot.manifest.files
+    put(tmp_path / "run", data_name())
+    lease(tmp_path / "run", named=(record.name,))
+    gc(tmp_path)
+
+    assert sorted([record.name, names.MANIFEST]) == listing(tmp_path / "run")
+    assert snapshot.verify().ok
+
+
+def test_a_deletion_that_died_is_finished(tmp_path: Path) -> None:
+    """Its lease names the files of the snapshot; annotations go with them, notes do not."""
+    folder = tmp_path / "run"
+    put(folder, data_name(LIVING), names.ANNOTATIONS, "notes.txt")
+    lease(folder, LIVING, "delete", (data_name(LIVING),))
+    gc(tmp_path)
+
+    assert ["notes.txt"] == listing(folder)
+
+
+def test_a_deletion_that_really_died_is_finished(tmp_path: Path) -> None:
+    """From the library's own deletion, stopped right after the manifest was gone."""
+    snapshot = take(tmp_path / "run")
+    with patch.object(LocalStorage, "flush", side_effect=OSError), patch.object(LocalStorage, "remove_folder", side_effect=OSError):
+        really_delete = LocalStorage.delete
+
+        def only_manifest(storage: LocalStorage, name: str, **named: Any) -> None:
+            if name != names.MANIFEST:
+                raise OSError
+            really_delete(storage, name, **named)
+
+        with patch.object(LocalStorage, "delete", only_manifest), pytest.raises(OSError):  # noqa: PT011
+            snapshot.delete()
+    its = tmp_path / "run" / names.lease_name(snapshot.id[:8])
+    assert its.exists()
+    assert [] == list(gc(tmp_path).removed)  # this process is still alive
+    lease(tmp_path / "run", snapshot.id, "delete", tuple(record.name for record in snapshot.manifest.files))
+    gc(tmp_path)
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_deletion_that_died_before_it_began_leaves_the_snapshot(tmp_path: Path) -> None:
+    """As long as the manifest is there, its files and annotations are needed."""
+    snapshot = take(tmp_path / "run")
+    (tmp_path / "run" / names.ANNOTATIONS).touch()
+    lease(tmp_path / "run", snapshot.id, "delete", tuple(record.name for record in snapshot.manifest.files))
+    (leftover,) = gc(tmp_path).removed
+
+    assert (names.lease_name(snapshot.id[:8]),) == leftover.files
+    assert snapshot.verify().ok
+    assert (tmp_path / "run" / names.ANNOTATIONS).exists()
+
+
+def test_annotations_go_with_deletions_alone(tmp_path: Path) -> None:
+    """A take that died had none."""
+    put(tmp_path, names.ANNOTATIONS, data_name())
+    lease(tmp_path)
+    gc(tmp_path)
+
+    assert [names.ANNOTATIONS] == listing(tmp_path)
+
+
+# Where
+
+
+def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
+    """There is nothing to collect, and nothing is made."""
+    report = gc(tmp_path / "nothing")
+
+    assert ((), 0) == (report.removed, report.nbytes)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_whole_snapshots_are_left_as_they_are(tmp_path: Path) -> None:
+    """What has no leases costs nothing and loses nothing."""
+    snapshots = [take(tmp_path / str(number)) for number in range(3)]
+    before = listing(tmp_path)
+    report = gc(tmp_path)
+
+    assert ((), (), ()) == (report.removed, report.alive, report.damaged)
+    assert before == listing(tmp_path)
+    assert all(snapshot.verify().ok for snapshot in snapshots)
+
+
+def test_a_file_that_cannot_be_removed_keeps_its_lease(tmp_path: Path) -> None:
+    """The error comes out, and the next collection goes on from there."""
+    put(tmp_path, data_name(), data_name(number=2))
+    its = lease(tmp_path)
+    really_delete = LocalStorage.delete
+
+    def refuse(storage: LocalStorage, name: str, **named: Any) -> None:
+        if name == data_name():
+            msg = "refused"
+            raise StorageError(msg)
+        really_delete(storage, name, **named)
+
+    with patch.object(LocalStorage, "delete", refuse), pytest.raises(StorageError, match="refused"):
+        gc(tmp_path)
+    assert its.exists()
+    gc(tmp_path)
+
+    assert ["(gone)"] == listing(tmp_path)
+
+
+def test_a_huge_lease_is_not_read(tmp_path: Path) -> None:
+    """A file of a lease's name and of any size costs nothing, and nobody dies of it."""
+    put(tmp_path, data_name())
+    path = tmp_path / names.lease_name(DEAD[:8])
+    path.touch()
+    os.truncate(path, 2**40)
+    age(path)
+
+    assert (str(path),) == gc(tmp_path).alive
+    assert [path.name, data_name()] == listing(tmp_path)

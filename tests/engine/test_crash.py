@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,122 +13,17 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 
-from expstate import Snapshot, StateDict, gc, settings
-from expstate.engine.lease import decode_lease
-from expstate.errors import SnapshotNotFoundError
 from expstate.format import names
 from expstate.storage import local
 from expstate.storage.base import FileWriter
 from expstate.storage.local import LocalStorage
 from expstate.testing.cases import aligned
 
+from .crashes import AFTER, BEFORE, PLACE, act, check, prepare
 from .processes import NEEDS_STRACE, calls_in, changes_of, killed_at, under_strace
 
-EARLIER, PLACE = "earlier", "place"
 Within = Callable[[], AbstractContextManager[Any]]
-
-
-def state(value: int) -> dict[str, StateDict]:
-    """Two data files; one has two windows' worth of tensors and is no multiple of a page."""
-    return {
-        "model": StateDict(weight=torch.full((3000,), float(value)), bias=torch.full((7,), value), name=f"value {value}"),
-        "other": StateDict(table=torch.full((100, 3), value, dtype=torch.int16)),
-    }
-
-
-def value_of(snapshot: Snapshot) -> int:
-    """The value that a snapshot was taken with; all of it must be of that one."""
-    live = state(-1)
-    snapshot.restore(live)
-    value = int(live["model"]["bias"][0])
-    expected = state(value)
-    for key in live:
-        for name, wanted in expected[key].items():
-            found = live[key][name]
-            assert torch.equal(wanted, found) if isinstance(wanted, torch.Tensor) else wanted == found
-    return value
-
-
-def prepare(root: Path, action: str) -> None:
-    """What is there before."""
-    Snapshot.take(root / EARLIER, state(1))
-    if action in {"overwrite", "delete"}:
-        Snapshot.take(root / PLACE, state(2))
-
-
-def act(root: Path, action: str) -> None:
-    """What is interrupted; one thread, so that the changes come in one order."""
-    with settings.override(io_threads=1):
-        if action == "delete":
-            Snapshot(root / PLACE).delete()
-        elif action == "copy":
-            Snapshot(root / EARLIER).copy(root / PLACE)
-        elif action == "async":
-            Snapshot.async_take(root / PLACE, state(3)).wait()
-        else:
-            Snapshot.take(root / PLACE, state(3), overwrite=action == "overwrite")
-
-
-BEFORE = {"take": None, "async": None, "copy": None, "overwrite": 2, "delete": 2}
-AFTER = {"take": 3, "async": 3, "copy": 1, "overwrite": 3, "delete": None}
-
-
-def found_at(place: Path) -> int | None:
-    """The value at a place, all of its bytes verified; None if nothing is visible there."""
-    try:
-        report = Snapshot(place).verify()
-    except SnapshotNotFoundError:
-        return None
-    assert report.ok, str(report)
-    return value_of(Snapshot(place))
-
-
-def assert_clean(root: Path) -> None:
-    """Nothing is in the folders but what the manifests name."""
-    for place in (root / EARLIER, root / PLACE):
-        found = {path.name for path in place.iterdir()} if place.exists() else set()
-        try:
-            expected = {record.name for record in Snapshot(place).manifest.files} | {"snapshot.json"}
-        except SnapshotNotFoundError:
-            # A manifest that was not written to its end is nothing; the next take puts its own there.
-            expected = found & {"snapshot.json"}
-        assert expected == found
-
-
-def let_a_day_pass(folder: Path) -> None:
-    """A lease that was not written to its end does not say whose it is: age alone tells that it is dead."""
-    for path in folder.glob(".*attempt-*") if folder.exists() else ():
-        if decode_lease(path.read_bytes()) is None:
-            assert gc(folder).alive
-            os.utime(path, (time.time() - 2 * 86400,) * 2)
-
-
-def check(root: Path, action: str) -> int | None:
-    """All that must hold after a crash; the value that is visible at the place."""
-    assert 1 == found_at(root / EARLIER)
-    value = found_at(root / PLACE)
-    assert value in {BEFORE[action], AFTER[action]}
-    # Twice from here on: whoever comes next cleans up first or takes first.
-    let_a_day_pass(root / PLACE)
-    copied = root.with_name(f"{root.name}-2")
-    shutil.copytree(root, copied)
-
-    report = gc(root)
-    assert ((), ()) == (report.alive, report.damaged)
-    assert value == found_at(root / PLACE)
-    assert_clean(root)
-    Snapshot.take(root / PLACE, state(4), overwrite=True)
-    assert 4 == found_at(root / PLACE)
-
-    Snapshot.take(copied / PLACE, state(5), overwrite=value is not None)
-    assert 5 == found_at(copied / PLACE)
-    gc(copied)
-    assert 5 == found_at(copied / PLACE)
-    assert 1 == found_at(copied / EARLIER)
-    assert_clean(copied)
-    return value
 
 
 def sweep(tmp_path: Path, action: str, *, torn: bool = False, within: Within = nullcontext) -> list[int | None]:
@@ -154,7 +47,6 @@ def sweep(tmp_path: Path, action: str, *, torn: bool = False, within: Within = n
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy", "delete"])
 def test_killed_before_any_change(tmp_path: Path, action: str) -> None:
     seen = sweep(tmp_path, action)
@@ -166,7 +58,6 @@ def test_killed_before_any_change(tmp_path: Path, action: str) -> None:
     assert [BEFORE[action]] * first + [AFTER[action]] * (len(seen) - first) == seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("action", ["take", "overwrite"])
 def test_killed_in_the_middle_of_any_write(tmp_path: Path, action: str) -> None:
     seen = sweep(tmp_path, action, torn=True)
@@ -197,7 +88,6 @@ def without_exclusive_renames() -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("within", [without_unnamed_files, without_links, without_exclusive_renames])
 @pytest.mark.parametrize("action", ["take", "overwrite"])
 @pytest.mark.parametrize("torn", [False, True])
@@ -246,13 +136,11 @@ def manifest_first() -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
 def test_the_sweep_notices_a_manifest_that_comes_first(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="is damaged"):
         sweep(tmp_path, "take", within=manifest_first)
 
 
-@pytest.mark.slow
 def test_the_sweep_notices_leftovers(tmp_path: Path) -> None:
     with patch.object(names, "is_of_attempt", lambda *_: False), pytest.raises(AssertionError, match=r"safetensors"):
         sweep(tmp_path, "take")

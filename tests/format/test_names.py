@@ -1,93 +1,210 @@
-"""Names: what becomes part of a path or of a ref is made or checked in one place."""
+"""Names become parts of paths and of what people type: they are safe there, distinct, and of bounded length."""
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
+import re
+import unicodedata
+
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from expstate.errors import InvalidNameError, UnsafePathError
 from expstate.format import names
 
+TOKEN = "3f9a2c71"  # noqa: S105 - no secret: the id of an attempt
+STEMS = st.text(min_size=1, max_size=200) | st.text(st.sampled_from("aA./_-~\\é"), min_size=1, max_size=4)
 
-@given(st.lists(st.text(max_size=80), max_size=20))
-def test_data_files_of_any_keys_have_distinct_allowed_names(keys: list[str]) -> None:
-    """Whatever the keys are, their files differ without regard to case, are allowed by the format and short."""
-    namer = names.FileNamer("3f9a2c71")
-    found = {key: namer.name(key) for key in dict.fromkeys(keys)}
-    assert len(found) == len({name.casefold() for name in found.values()})
-    for name in found.values():
+
+def test_ids_are_unlike_each_other() -> None:
+    """Each snapshot has an id of its own, and its attempt a part of it."""
+    ids = [names.new_id() for _ in range(100)]
+
+    assert 100 == len(set(ids))
+    assert all(names.is_id(text) and text.startswith(names.attempt_of(text)) for text in ids)
+
+
+@pytest.mark.parametrize("text", ["", "3f9a2c71", "g" * 32, "A" * 32, "0" * 33, "0" * 32 + "\n", "\u0660" * 32])
+def test_what_is_no_id(text: str) -> None:
+    """An id is 32 hexadecimal digits in lower case and nothing else."""
+    assert not names.is_id(text)
+
+
+# Files
+
+
+@given(st.lists(STEMS, max_size=12))
+def test_files_have_distinct_names_that_the_format_allows(stems: list[str]) -> None:
+    """Whatever keys are called, their files are told apart on disks that know no case, and readers take the names."""
+    namer = names.FileNamer(TOKEN)
+    given_names = [namer.name(stem) for stem in stems]
+
+    assert len(stems) == len({name.casefold() for name in given_names})
+    for name in given_names:
         names.check_file_name(name)
+        names.check_file_name(f"base/{name}")
+        assert names.is_of_attempt(name, TOKEN)
         assert len(name) <= 100
-        assert names.is_of_attempt(name, "3f9a2c71")
+        assert not name.startswith((".", "-00"))
+        assert ".." not in name
 
 
 def test_files_of_one_key_are_numbered() -> None:
-    """The second file of a key has the next number; a key that looks alike gets a stem of its own."""
-    namer = names.FileNamer("3f9a2c71")
-    assert ["model-00001-3f9a2c71.safetensors", "model-00002-3f9a2c71.safetensors"] == [namer.name("model"), namer.name("model")]
-    assert "Model" == namer.name("Model")[:5]
-    assert "Model-00001" != namer.name("Model")[:11]
+    """The number comes behind the key, so that listings are in order."""
+    namer = names.FileNamer(TOKEN)
+
+    assert [f"model-0000{n}-{TOKEN}.safetensors" for n in (1, 2)] == [namer.name("model") for _ in range(2)]
+    assert f"optimizer-00001-{TOKEN}.safetensors" == namer.name("optimizer")
+
+
+def test_keys_that_differ_in_case_alone_get_different_files() -> None:
+    """The second of them gets a number, and keeps it for its further files."""
+    namer = names.FileNamer(TOKEN)
+
+    assert ["model-00001", "MODEL_2-00001", "Model_3-00001"] == [namer.name(stem)[:-21] for stem in ("model", "MODEL", "Model")]
+    assert "MODEL_2-00002" == namer.name("MODEL")[:-21]
+
+
+def test_a_number_that_makes_a_name_unique_does_not_make_it_clash() -> None:
+    """A key that is called what the numbering would give is told apart too."""
+    namer = names.FileNamer(TOKEN)
+    found = [namer.name(stem) for stem in ("a_2", "a", "A", "A_2", "a/2")]
+
+    assert 5 == len({name.casefold() for name in found})
+
+
+def test_long_keys_that_begin_alike_get_different_files() -> None:
+    """What a name is cut to is made unique after the cut."""
+    namer = names.FileNamer(TOKEN)
+    found = [namer.name("k" * 300 + str(number)) for number in range(12)]
+
+    assert 12 == len(set(found))
+    assert max(map(len, found)) <= 100
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "expected"),
     [
-        "../x",
-        "/etc/passwd",
-        "a/b",
-        "base/../x",
-        "base/",
-        "",
-        ".hidden",
-        "a\\b",
-        "a\0b",
-        "file:///x",
-        "~/x",
-        "snapshot.json",
-        "a..b",
-        "x" * 256,
-        "a b",
+        (f"model-00001-{TOKEN}.safetensors", True),
+        (f"base/model-00001-{TOKEN}.safetensors", True),
+        (f".snapshot.json.{TOKEN}", True),
+        (f"..attempt-{TOKEN}.json.{TOKEN}", True),
+        ("model-00001-00000000.safetensors", False),
+        (f"notes-{TOKEN}.txt", False),
+        (f"model-00001-{TOKEN}.safetensors.bak", False),
+        (f"sub/model-00001-{TOKEN}.safetensors", False),
+        (f"../model-00001-{TOKEN}.safetensors", False),
+        (f".hidden-{TOKEN}.safetensors", False),
+        (f"{TOKEN}", False),
+        (f"snapshot.{TOKEN}", False),
+        ("snapshot.json", False),
+        (f".attempt-{TOKEN}.json", False),
+        (f"model-00001-{TOKEN}.safetensors\n", False),
     ],
 )
-def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
-    """A manifest names files of its own folder and of ``base`` and no others."""
-    with pytest.raises(UnsafePathError):
-        names.check_file_name(name)
+def test_which_files_are_of_an_attempt(name: str, expected: bool) -> None:
+    """Data files and temporary files that carry its id where the format puts it, and nothing that people keep."""
+    assert expected is names.is_of_attempt(name, TOKEN)
+
+
+@pytest.mark.parametrize("attempt", ["", ".*", "3f9a2c7", "3F9A2C71", "........", "3f9a2c71|x"])
+def test_no_file_is_of_an_attempt_without_an_id(attempt: str) -> None:
+    """An id that is a pattern, or none, matches nothing: clean-up removes by it."""
+    assert not names.is_of_attempt(f"model-00001-{TOKEN}.safetensors", attempt)
 
 
 @pytest.mark.parametrize(
-    "label", ["", " a", "a ", "latest", "live", ".", "..", "a@b", "a:b", "a=b", "a/b", "a\nb", "a\u202eb", "a\u200bb", "\ud800", "é" * 128]
+    ("name", "expected"),
+    [
+        (f".attempt-{TOKEN}.json", TOKEN),
+        (f"..attempt-{TOKEN}.json.{TOKEN}", TOKEN),
+        (f"..attempt-{TOKEN}.json.00000000", None),
+        (f"attempt-{TOKEN}.json", None),
+        (".attempt-3F9A2C71.json", None),
+        (".attempt-.json", None),
+        (f".attempt-{TOKEN}.json.bak", None),
+        (f".attempt-{TOKEN}.json\n", None),
+    ],
 )
-def test_a_label_that_a_ref_cannot_carry_is_refused(label: str) -> None:
-    """Names and tags are printable, short, and free of what notebooks cut words at."""
-    with pytest.raises(InvalidNameError):
-        names.check_label(label, "name")
+def test_which_files_are_leases(name: str, expected: str | None) -> None:
+    """The lease of an attempt, or the temporary file that was to become it."""
+    assert expected == names.attempt_of_lease(name)
 
 
-def test_labels_are_kept_in_normal_form() -> None:
-    """Two ways to write one letter are one name."""
-    assert "caf\u00e9" == names.check_label("cafe\u0301", "name")
-    assert "lr-3e-4 warm-up" == names.check_label("lr-3e-4 warm-up", "tag")
-    with pytest.raises(InvalidNameError, match="must be text"):
-        names.check_label(3, "tag")
+@given(st.from_regex(r"[0-9a-f]{8}", fullmatch=True))
+def test_a_lease_is_known_by_its_name(attempt: str) -> None:
+    """What is called a lease is recognised as one, and is not taken for a file of its attempt."""
+    assert attempt == names.attempt_of_lease(names.lease_name(attempt))
+    assert not names.is_of_attempt(names.lease_name(attempt), attempt)
 
 
-def test_leases_and_temporary_files_belong_to_their_attempt() -> None:
-    """Clean-up tells by the name alone whose a file is."""
-    assert "3f9a2c71" == names.attempt_of_lease(names.lease_name("3f9a2c71"))
-    assert names.attempt_of_lease("snapshot.json") is None
-    assert names.is_of_attempt(".snapshot.json.3f9a2c71", "3f9a2c71")
-    assert names.is_of_attempt("..attempt-3f9a2c71.json.3f9a2c71", "3f9a2c71")
-    assert not names.is_of_attempt("model-00001-3f9a2c71.safetensors", "3f9a2c72")
-    assert not names.is_of_attempt("notes-3f9a2c71.txt", "3f9a2c71")
-    assert not names.is_of_attempt("anything", ".*")
+@given(st.text(max_size=60) | st.text(st.sampled_from("./\\~:ab-0\0\n"), max_size=40))
+def test_a_file_name_that_passes_stays_in_the_folder(name: str) -> None:
+    """No text that the check lets through has a part that leads elsewhere."""
+    candidate = f"{name}-00001-{TOKEN}.safetensors"
+    try:
+        names.check_file_name(candidate)
+    except UnsafePathError:
+        pass
+    else:
+        assert re.fullmatch(r"(base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*", candidate)
+        assert ".." not in candidate.split("/")
+        assert len(candidate.rpartition("/")[2]) <= 255
 
 
-def test_ids_are_new_and_recognised() -> None:
-    """An id is 32 hexadecimal digits, its first eight the attempt's."""
-    one = names.new_id()
-    assert names.is_id(one)
-    assert one != names.new_id()
-    assert one[:8] == names.attempt_of(one)
-    assert not names.is_id(one[:31])
+# Labels
+
+
+@given(st.text(max_size=300))
+def test_a_label_that_passes_can_be_typed(text: str) -> None:
+    """What a ref cannot carry, or a terminal would not show, is refused; the rest comes back in normal form."""
+    try:
+        label = names.check_label(text, "name")
+    except InvalidNameError as error:
+        said = str(error)
+        assert said.startswith("name")
+        assert said.isprintable()
+    else:
+        assert unicodedata.normalize("NFC", text) == label
+        assert label
+        assert label == label.strip()
+        assert not set("@:=/") & set(label)
+        assert label.replace("\xa0", " ").replace("\u3000", " ").isprintable() or any(unicodedata.category(c) == "Zs" for c in label)
+        assert len(label.encode()) <= 255
+        assert label == names.check_label(label, "name")
+
+
+@pytest.mark.parametrize("text", ["a", "baseline", "run 7", "v1.0-rc_2", "größe", "日本", "🎉", "a" * 255, "con", "%41", "--all", "a,b"])
+def test_labels_of_every_language_are_taken(text: str) -> None:
+    """What can be typed and shown is a label."""
+    assert text == names.check_label(text, "tag")
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "a ", " a", "\ta", "latest", "live", ".", "..", "a@b", "a:b", "a=b", "a/b", "a\nb", "a\x00", "a" * 256, "é" * 128]
+)
+def test_labels_that_refs_cannot_carry_are_refused(text: str) -> None:
+    """Empty, padded, reserved, of characters that refs are cut at, or too long in bytes."""
+    with pytest.raises(InvalidNameError, match="tag"):
+        names.check_label(text, "tag")
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u200bb", "a\u202eb", "a\u2066b", "a\ufeffb", "a\x1b[0m", "a\x85b", "a\u2028b", "a\ud800", "a\ue000", "a\u0378"]
+)
+def test_labels_that_cannot_be_seen_are_refused(text: str) -> None:
+    """Invisible characters make two labels look alike, and control characters change what a terminal shows."""
+    with pytest.raises(InvalidNameError, match="control or invisible"):
+        names.check_label(text, "name")
+
+
+@pytest.mark.parametrize("given_value", [None, 3, b"a", ["a"], True])
+def test_a_label_is_text(given_value: object) -> None:
+    """Other types are refused by name."""
+    with pytest.raises(InvalidNameError, match=type(given_value).__name__):
+        names.check_label(given_value, "name")
+
+
+def test_labels_are_compared_in_normal_form() -> None:
+    """However an accent was typed, it is one label."""
+    assert names.check_label("caf\u00e9", "name") == names.check_label("cafe\u0301", "name")

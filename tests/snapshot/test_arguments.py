@@ -86,7 +86,9 @@ TAKES: list[tuple[dict[str, Any], type[ExpstateError], str]] = [
 
 
 @pytest.mark.parametrize("method", ["take", "async_take"])
-@pytest.mark.parametrize(("given", "error", "words"), TAKES, ids=[str(given)[:50] for given, _, _ in TAKES])
+@pytest.mark.parametrize(
+    ("given", "error", "words"), TAKES, ids=[f"{next(iter(given))}-{index}" for index, (given, _, _) in enumerate(TAKES)]
+)
 def test_a_take_refuses_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, given: dict[str, Any], error: type[ExpstateError], words: str
 ) -> None:
@@ -123,7 +125,9 @@ RESTORES: list[tuple[dict[str, Any], type[ExpstateError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "error", "words"), RESTORES, ids=[str(given)[:50] for given, _, _ in RESTORES])
+@pytest.mark.parametrize(
+    ("given", "error", "words"), RESTORES, ids=[f"{next(iter(given))}-{index}" for index, (given, _, _) in enumerate(RESTORES)]
+)
 def test_a_restore_refuses_and_changes_nothing(place: Path, given: dict[str, Any], error: type[ExpstateError], words: str) -> None:
     """``restore`` checks everything that it is given before any state is touched."""
     snapshot = Snapshot.take(place, APP_STATE)
@@ -155,9 +159,17 @@ READS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[ExpstateError], str
 ]
 
 
-@pytest.mark.parametrize(("method", "arguments", "options", "error", "words"), READS, ids=[f"{read[0]}-{read[1]}-{read[2]}" for read in READS])
+@pytest.mark.parametrize(
+    ("method", "arguments", "options", "error", "words"), READS, ids=[f"{read[0]}-{index}" for index, read in enumerate(READS)]
+)
 def test_reading_refuses_with_an_error_of_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, arguments: tuple[Any, ...], options: dict[str, Any], error: type[ExpstateError], words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    error: type[ExpstateError],
+    words: str,
 ) -> None:
     """The other methods check their arguments too, and make nothing."""
     monkeypatch.chdir(tmp_path)
@@ -192,7 +204,14 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("IO_THREADS", "many"), ("IO_THREADS", "-1"), ("MEMORY_BUDGET_BYTES", "1 GiB"), ("DIRECT_IO", "maybe"), ("DATA_FILE_BYTES", "3"), ("PROGRESS", "?")],
+    [
+        ("IO_THREADS", "many"),
+        ("IO_THREADS", "-1"),
+        ("MEMORY_BUDGET_BYTES", "1 GiB"),
+        ("DIRECT_IO", "maybe"),
+        ("DATA_FILE_BYTES", "3"),
+        ("PROGRESS", "?"),
+    ],
 )
 def test_variables_that_cannot_be_read_are_named(place: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     """A wrong ``EXPSTATE_...`` variable is an error at the take that names it, and not a silent default."""

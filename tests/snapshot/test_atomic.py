@@ -12,8 +12,8 @@ import torch
 from expstate import Snapshot, StateDict
 from expstate.errors import RestoreInterruptedError, SnapshotCorruptError
 from expstate.format.manifest import TensorEntry
+from tests.state.conftest import assert_same
 
-from ..state.conftest import assert_same
 from .conftest import Refusing, Watched, digest_of, is_equal, mlp, train
 
 MIB = 2**20
@@ -63,7 +63,7 @@ def test_everything_comes_back(place: Path, budget: int) -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("damaged", ["state/a", "state/b", "state/array", "state/last", "optimizer/state/0/exp_avg", "model/0.weight"])
 def test_damage_anywhere_changes_nothing(place: Path, damaged: str, budget: int) -> None:
-    """Also where the damaged entry has no live counterpart yet. The error says that the snapshot is damaged, not that something was interrupted."""
+    """Also where the damaged entry has no live counterpart yet. The error is of damage, not of an interruption."""
     model, live = mlp(1), mlp(2)
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer)
@@ -130,3 +130,18 @@ def test_a_device_without_memory_left_changes_nothing(place: Path, monkeypatch: 
 
     assert is_equal(mlp(2), model)
     assert [] == state.loads
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_default_device_does_not_matter(place: Path, atomic: bool) -> None:
+    """``torch.set_default_device`` decides where users' tensors are made, not what is read into host memory first."""
+    taken, live = _values(1.0), _values(2.0)
+    expected = digest_of(taken)
+    state = StateDict(live, converted=torch.zeros(3, dtype=torch.float64), empty=np.zeros(0))
+    with torch.device("meta"):
+        Snapshot.take(place, {"state": StateDict(taken, converted=torch.ones(3, device="cpu"), empty=np.zeros(0))})
+        Snapshot(place).restore({"state": state}, atomic=atomic, cast=True)
+
+    assert [1.0] * 3 == state.pop("converted").tolist()
+    assert 0 == len(state.pop("empty"))
+    assert expected == digest_of(dict(state))

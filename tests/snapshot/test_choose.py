@@ -11,8 +11,8 @@ import torch
 
 from expstate import RNGState, Snapshot, StateDict
 from expstate.errors import EntryNotFoundError, RestoreMismatchError
+from tests.state.conftest import assert_same
 
-from ..state.conftest import assert_same
 from .conftest import Watched, digest_of, is_equal, mlp, train
 
 
@@ -142,7 +142,12 @@ IMPOSSIBLE = [
     ({"items": [1, {}, 3]}, {"items": 5}, "state/items/0", "a list and live a int, cannot be restored in part"),
     ({"items": {"a": 1, "b": torch.ones(1)}}, {"items": [torch.zeros(1)]}, "state/items/b", "a dict and live a list"),
     ({"items": {1: {}, 2: 3}}, {"items": {"1": {}}}, "state/items/1", "key '1' is of another type"),
-    ({"items": {frozenset({b"x" * 70_000}), 1}}, {"items": {frozenset({b"y" * 70_000}), 1}}, "state/items/0", "members of a set have no places"),
+    (
+        {"items": {frozenset({b"x" * 70_000}), 1}},
+        {"items": {frozenset({b"y" * 70_000}), 1}},
+        "state/items/0",
+        "members of a set have no places",
+    ),
 ]
 
 

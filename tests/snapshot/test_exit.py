@@ -63,7 +63,6 @@ def test_a_take_is_finished_after_an_error_of_the_script(place: Path) -> None:
     assert Snapshot(place).verify().ok
 
 
-@pytest.mark.slow
 def test_a_take_is_finished_where_no_thread_can_be_started_any_more(place: Path) -> None:
     """As in Python 3.12 and later, which start none once the main thread has ended; a tensor so large that its digests go to a file."""
     ended = _run(

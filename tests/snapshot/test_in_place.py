@@ -12,8 +12,8 @@ import torch
 from expstate import Snapshot, StateDict
 from expstate.errors import RestoreMismatchError
 from expstate.state.tensors import DTYPES
+from tests.state.conftest import assert_same
 
-from ..state.conftest import assert_same
 from .conftest import Watched, digest_of, is_equal, mlp, of_every_layout, train
 
 
@@ -135,7 +135,9 @@ def test_arrays_keep_their_memory(taken: Any) -> None:
     values = {"plain": np.arange(6.0).reshape(2, 3), "big": np.arange(4, dtype=">i8"), "records": np.array([(1, 2.0)], dtype="i4,f8")}
     fixed = np.zeros((2, 3))
     fixed.flags.writeable = False
-    live = StateDict(plain=np.zeros((2, 3)), big=np.zeros(4, ">i8"), records=np.zeros(1, "i4,f8"), fixed=fixed, strided=np.zeros((6, 2))[:, 0])
+    live = StateDict(
+        plain=np.zeros((2, 3)), big=np.zeros(4, ">i8"), records=np.zeros(1, "i4,f8"), fixed=fixed, strided=np.zeros((6, 2))[:, 0]
+    )
     kept = dict(live)
     taken(**values, fixed=values["plain"], strided=np.arange(6.0)).restore({"state": live})
 
@@ -146,7 +148,11 @@ def test_arrays_keep_their_memory(taken: Any) -> None:
 
 def test_new_tensors_are_parameters_as_they_were(taken: Any) -> None:
     """What a fresh ``StateDict`` gets wants a gradient if it did."""
-    values = {"w": torch.nn.Parameter(torch.ones(2)), "frozen": torch.nn.Parameter(torch.ones(2), requires_grad=False), "x": torch.ones(2, requires_grad=True)}
+    values = {
+        "w": torch.nn.Parameter(torch.ones(2)),
+        "frozen": torch.nn.Parameter(torch.ones(2), requires_grad=False),
+        "x": torch.ones(2, requires_grad=True),
+    }
     live = StateDict()
     taken(**values).restore({"state": live})
 
@@ -208,5 +214,5 @@ def test_one_stateful_under_two_keys(place: Path) -> None:
     snapshot.restore({"one": model, "two": model})
 
     assert is_equal(mlp(1), model)
-    with pytest.raises(RestoreMismatchError, match="'one/0.weight' and 'three/0.weight' differ"):
+    with pytest.raises(RestoreMismatchError, match=r"'one/0\.weight' and 'three/0\.weight' differ"):
         snapshot.restore({"one": model, "three": model})

@@ -10,8 +10,8 @@ import torch
 
 from expstate import Snapshot
 from expstate.errors import RestoreInterruptedError, RestoreMismatchError
+from tests.state.conftest import assert_same
 
-from ..state.conftest import assert_same
 from .conftest import TiedModel, is_equal, mlp
 
 
@@ -34,10 +34,10 @@ class WithTable(torch.nn.Module):
 def test_a_module_is_materialised(place: Path, device: Any, atomic: bool) -> None:
     """Parameters and buffers become real, of the same classes and flags, and it computes."""
     source = mlp(1)
-    source[0].weight.requires_grad_(False)
+    source[0].weight.requires_grad = False
     Snapshot.take(place, {"model": source})
     model = _on_meta(lambda: mlp(2))
-    model[0].weight.requires_grad_(False)
+    model[0].weight.requires_grad = False
     Snapshot(place).restore({"model": model}, device=device, atomic=atomic)
 
     assert is_equal(source, model)

@@ -16,8 +16,8 @@ import expstate
 from expstate import Snapshot, StateDict
 from expstate.errors import EntryNotFoundError, SnapshotCorruptError, SnapshotNotFoundError
 from expstate.format.names import is_id
+from tests.state.conftest import assert_same
 
-from ..state.conftest import assert_same
 from .conftest import mlp
 
 
@@ -32,7 +32,14 @@ def test_everything_given_is_read_again(place: Path) -> None:
     params = {"lr": 1e-3, "layers": [16, (2, None)], "kind": Kind.SMALL, "nested": {"a": True, 3: "b"}, "huge": 2**80}
     metrics = {"loss": 0.25, "steps": 7, "tensor": torch.tensor(0.5), "numpy": np.float32(1.5), "best": True}
     Snapshot.take(
-        place, {"state": StateDict()}, name="baseline", tags=["a", "b", "a"], params=params, metrics=metrics, note="line\n<b>ü", step=np.int64(12)
+        place,
+        {"state": StateDict()},
+        name="baseline",
+        tags=["a", "b", "a"],
+        params=params,
+        metrics=metrics,
+        note="line\n<b>ü",
+        step=np.int64(12),
     )
     found = Snapshot(place).metadata
 

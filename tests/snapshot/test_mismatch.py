@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import enum
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from expstate import Snapshot, StateDict
 from expstate.errors import PickleNotAllowedError, RestoreInterruptedError, RestoreMismatchError, SnapshotCorruptError
+from tests.state.conftest import assert_same
 
-from ..state.conftest import assert_same
 from .conftest import Refusing, Watched, digest_of, is_equal, mlp, train
 
 
@@ -212,7 +214,7 @@ def test_files_are_looked_at_beforehand(place: Path, harm: str) -> None:
     file.unlink()
     if harm == "link":
         (place / "elsewhere").write_bytes(data)
-        os.symlink("elsewhere", file)
+        file.symlink_to("elsewhere")
     elif harm != "missing":
         file.write_bytes(data[:-1] if harm == "shorter" else data + b"0")
     a, b = mlp(2), mlp(3)
@@ -228,7 +230,9 @@ def test_files_are_looked_at_beforehand(place: Path, harm: str) -> None:
 
 def test_a_stateful_that_refuses_its_state_interrupts(place: Path) -> None:
     """The error says which entries hold the snapshot's values and which do not, and keeps the cause."""
-    Snapshot.take(place, {"first": Watched(a=1), "model": mlp(1), "bad": Watched(x=torch.ones(2), y=1, z=torch.ones(1)), "last": Watched(b=2)})
+    Snapshot.take(
+        place, {"first": Watched(a=1), "model": mlp(1), "bad": Watched(x=torch.ones(2), y=1, z=torch.ones(1)), "last": Watched(b=2)}
+    )
     first, model, last = Watched(a=0), mlp(2), Watched(b=0)
     bad = Refusing(x=torch.zeros(2), y=0)
     with pytest.raises(RestoreInterruptedError, match="RuntimeError: this state is not for me") as found:
@@ -273,3 +277,73 @@ def test_objects_are_read_before_anything_changes(place: Path) -> None:
     assert is_equal(mlp(2), model)
     assert 2 == len(error.problems)
     assert "'state/opaque'" in error.problems[1]
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass that can be taken apart."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        found = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        found.inner = inner
+        return found
+
+    def __tensor_flatten__(self) -> Any:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: Any, context: Any, size: Any, stride: Any) -> Any:
+        return Wrapped(parts["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        return function(*(argument.inner if isinstance(argument, Wrapped) else argument for argument in arguments), **(options or {}))
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    if what == "class":
+        monkeypatch.delattr(sys.modules[__name__], "Wrapped")
+    elif what == "enum":
+        monkeypatch.delattr(sys.modules[__name__], "Phase")
+    elif what == "pandas":
+        monkeypatch.setitem(sys.modules, "pandas", None)
+    else:
+        monkeypatch.setattr(torch, "Generator", _no_generator)
+
+
+class Phase(enum.Enum):
+    """An enum of this module."""
+
+    WARM = 1
+
+
+def _no_generator(*_: Any) -> Any:
+    msg = "no such device"
+    raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "words"),
+    [
+        ("class", Wrapped(torch.ones(2)), "'state/value': class .*Wrapped is not known"),
+        ("enum", Phase.WARM, "'state/value': class .*Phase is not known"),
+        ("pandas", pd.DataFrame({"x": [1]}), "'state/value.*: pandas is not installed"),
+        ("generator", torch.Generator(), "'state/value': a generator of device 'cpu' cannot be made here"),
+    ],
+)
+def test_what_this_process_lacks_is_found_beforehand(
+    taken: Any, monkeypatch: pytest.MonkeyPatch, what: str, value: Any, words: str
+) -> None:
+    """A class that is not imported, a package that is not installed, a device that is not there: and the way around is to exclude it."""
+    snapshot = taken(tensor=torch.ones(3), value=value)
+    live = Watched(tensor=torch.zeros(3))
+    _without(monkeypatch, what)
+    with pytest.raises(RestoreMismatchError, match=words):
+        snapshot.restore({"state": live})
+    assert 0 == live.state["tensor"].count_nonzero()
+    snapshot.restore({"state": live}, exclude="state/value")
+
+    assert [{"tensor"}] == [set(state) for state in live.loads]
+    assert 3 == live.state["tensor"].count_nonzero()

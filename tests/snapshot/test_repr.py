@@ -60,7 +60,11 @@ def test_html_of_hostile_names_holds_no_tags_of_theirs(tmp_path: Path) -> None:
     """Keys, names of metrics, labels and paths are shown as text."""
     place = tmp_path / 'a"><script>b'
     snapshot = Snapshot.take(
-        place, {HOSTILE: StateDict({HOSTILE: torch.ones(1)})}, name=HOSTILE.replace("=", "-").replace("/", "|"), note=HOSTILE, metrics={HOSTILE: 1}
+        place,
+        {HOSTILE: StateDict({HOSTILE: torch.ones(1)})},
+        name=HOSTILE.replace("=", "-").replace("/", "|"),
+        note=HOSTILE,
+        metrics={HOSTILE: 1},
     )
     shown = [snapshot._repr_html_(), snapshot.verify()._repr_html_(), snapshot.restore({HOSTILE: StateDict()})._repr_html_()]
     found = [_Tags(html) for html in shown]

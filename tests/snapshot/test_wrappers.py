@@ -11,8 +11,8 @@ import torch
 
 from expstate import Snapshot, StateDict
 from expstate.errors import RestoreMismatchError
+from tests.state.conftest import assert_same
 
-from ..state.conftest import assert_same
 from .conftest import Watched, digest_of, is_equal, mlp, train
 
 

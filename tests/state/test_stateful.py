@@ -19,7 +19,7 @@ from expstate.state.stateful import RNGState, StateDict, Stateful, preserved_rng
 
 
 def _draw() -> tuple[Any, ...]:
-    legacy = np.random.rand(), np.random.normal()  # noqa: NPY002 - the global generator is what is tested
+    legacy = np.random.rand(), np.random.normal()
     return random.random(), random.gauss(0, 1), *legacy, torch.rand(2).tolist(), torch.randn(17).tolist()
 
 
@@ -123,10 +123,10 @@ def test_numpy_of_another_bit_generator_comes_back() -> None:
     try:
         np.random.set_bit_generator(np.random.PCG64(5))
         state = RNGState().state_dict()
-        expected = np.random.rand(3).tolist()  # noqa: NPY002 - the global generator is what is tested
+        expected = np.random.rand(3).tolist()
         np.random.set_bit_generator(default)
         RNGState().load_state_dict(state)
-        assert expected == np.random.rand(3).tolist()  # noqa: NPY002 - as above
+        assert expected == np.random.rand(3).tolist()
         assert isinstance(np.random.get_bit_generator(), np.random.PCG64)
     finally:
         np.random.set_bit_generator(default)

@@ -1,0 +1,117 @@
+"""What the tests of crashes share: actions that can be interrupted, and all that must hold wherever they were."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from expstate import Snapshot, StateDict, gc, settings
+from expstate.engine.lease import decode_lease
+from expstate.errors import SnapshotNotFoundError
+
+EARLIER, PLACE = "earlier", "place"
+
+
+def state(value: int) -> dict[str, StateDict]:
+    """Two data files; one has two windows' worth of tensors and is no multiple of a page."""
+    return {
+        "model": StateDict(weight=torch.full((3000,), float(value)), bias=torch.full((7,), value), name=f"value {value}"),
+        "other": StateDict(table=torch.full((100, 3), value, dtype=torch.int16)),
+    }
+
+
+def value_of(snapshot: Snapshot) -> int:
+    """The value that a snapshot was taken with; all of it must be of that one."""
+    live = state(-1)
+    snapshot.restore(live)
+    value = int(live["model"]["bias"][0])
+    expected = state(value)
+    for key in live:
+        for name, wanted in expected[key].items():
+            found = live[key][name]
+            assert torch.equal(wanted, found) if isinstance(wanted, torch.Tensor) else wanted == found
+    return value
+
+
+def prepare(root: Path, action: str) -> None:
+    """What is there before."""
+    Snapshot.take(root / EARLIER, state(1))
+    if action in {"overwrite", "delete"}:
+        Snapshot.take(root / PLACE, state(2))
+
+
+def act(root: Path, action: str) -> None:
+    """What is interrupted; one thread, so that the changes come in one order."""
+    with settings.override(io_threads=1):
+        if action == "delete":
+            Snapshot(root / PLACE).delete()
+        elif action == "copy":
+            Snapshot(root / EARLIER).copy(root / PLACE)
+        elif action == "async":
+            Snapshot.async_take(root / PLACE, state(3)).wait()
+        else:
+            Snapshot.take(root / PLACE, state(3), overwrite=action == "overwrite")
+
+
+BEFORE = {"take": None, "async": None, "copy": None, "overwrite": 2, "delete": 2}
+AFTER = {"take": 3, "async": 3, "copy": 1, "overwrite": 3, "delete": None}
+
+
+def found_at(place: Path) -> int | None:
+    """The value at a place, all of its bytes verified; None if nothing is visible there."""
+    try:
+        report = Snapshot(place).verify()
+    except SnapshotNotFoundError:
+        return None
+    assert report.ok, str(report)
+    return value_of(Snapshot(place))
+
+
+def assert_clean(root: Path) -> None:
+    """Nothing is in the folders but what the manifests name."""
+    for place in (root / EARLIER, root / PLACE):
+        found = {path.name for path in place.iterdir()} if place.exists() else set()
+        try:
+            expected = {record.name for record in Snapshot(place).manifest.files} | {"snapshot.json"}
+        except SnapshotNotFoundError:
+            # A manifest that was not written to its end is nothing; the next take puts its own there.
+            expected = found & {"snapshot.json"}
+        assert expected == found
+
+
+def let_a_day_pass(folder: Path) -> None:
+    """A lease that was not written to its end does not say whose it is: age alone tells that it is dead."""
+    for path in folder.glob(".*attempt-*") if folder.exists() else ():
+        if decode_lease(path.read_bytes()) is None:
+            assert gc(folder).alive
+            os.utime(path, (time.time() - 2 * 86400,) * 2)
+
+
+def check(root: Path, action: str) -> int | None:
+    """All that must hold after a crash; the value that is visible at the place."""
+    assert 1 == found_at(root / EARLIER)
+    value = found_at(root / PLACE)
+    assert value in {BEFORE[action], AFTER[action]}
+    # Twice from here on: whoever comes next cleans up first or takes first.
+    let_a_day_pass(root / PLACE)
+    copied = root.with_name(f"{root.name}-2")
+    shutil.copytree(root, copied)
+
+    report = gc(root)
+    assert ((), ()) == (report.alive, report.damaged)
+    assert value == found_at(root / PLACE)
+    assert_clean(root)
+    Snapshot.take(root / PLACE, state(4), overwrite=True)
+    assert 4 == found_at(root / PLACE)
+
+    Snapshot.take(copied / PLACE, state(5), overwrite=value is not None)
+    assert 5 == found_at(copied / PLACE)
+    gc(copied)
+    assert 5 == found_at(copied / PLACE)
+    assert 1 == found_at(copied / EARLIER)
+    assert_clean(copied)
+    return value

@@ -1,0 +1,474 @@
+"""A take that the system lets down raises an error that says so, leaves nothing, and harms nothing that was there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expstate import Snapshot, StateDict
+from expstate.errors import (
+    AppStateError,
+    ExpstateError,
+    InvalidMetadataError,
+    NoSpaceError,
+    RestoreInterruptedError,
+    SnapshotWriteError,
+    StorageError,
+    StoragePermissionError,
+)
+from expstate.storage.local import LocalStorage
+from expstate.testing import FaultyStorage
+
+from .crashes import AFTER, BEFORE, EARLIER, PLACE, act, assert_clean, check, found_at, prepare, state
+from .processes import NEEDS_STRACE, Changes, changes_of, in_child, under_strace, watched
+
+ACTIONS = ["take", "async", "overwrite", "copy"]
+
+
+def crew_threads() -> list[str]:
+    """The threads of ours that are at work; those that keep idle memory for a while are not."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("expstate") and thread.is_alive()]
+
+
+def error_of(function: Callable[..., object], *args: object) -> Any:
+    """The error of ours that a function raises, or None."""
+    try:
+        function(*args)
+    except ExpstateError as error:
+        return error
+    return None
+
+
+def assert_failed_cleanly(root: Path, action: str) -> None:
+    """Nothing of the failed action is there, in the process that lives on."""
+    assert [] == crew_threads()
+    assert_clean(root)
+    assert 1 == found_at(root / EARLIER)
+    assert BEFORE[action] == found_at(root / PLACE)
+
+
+# Errors of the system, one at each change that is made to the disk
+
+
+def failing_at(number: int, code: int, root: Path, action: str) -> str | None:
+    """The error raised by an action whose change of this number fails; the process lives on and looks at what remains."""
+
+    def strike(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with watched(Changes(number, strike)) as changes:
+        error = error_of(act, root, action)
+    assert [] == crew_threads()
+    if error is None:
+        return None
+    assert isinstance(error, NoSpaceError if code == errno.ENOSPC else StorageError)
+    assert code == error.errno
+    if changes.log[number - 1][0] not in {"unlink", "rmdir"} and found_at(root / PLACE) == BEFORE[action] and action != "delete":
+        assert_failed_cleanly(root, action)
+    return type(error).__name__
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("action", [*ACTIONS, "delete"])
+def test_any_change_may_fail(tmp_path: Path, action: str, code: int) -> None:
+    prepare(tmp_path / "counted", action)
+    count = len(changes_of(lambda: act(tmp_path / "counted", action)))
+    outcomes = set()
+    for number in range(1, count + 1):
+        root = tmp_path / str(number)
+        prepare(root, action)
+        raised = in_child(lambda number=number, root=root: failing_at(number, code, root, action)).result
+        seen = check(root, action)
+        outcomes.add((raised is not None, seen))
+
+    # What fails after the commit is left to gc, and is no error, unless the commit may not be durable.
+    assert (True, BEFORE[action]) in outcomes
+    assert (False, BEFORE[action]) not in outcomes
+    assert AFTER[action] in {seen for _, seen in outcomes}
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system in memory with these options, and gives its folder."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    mounts = 0
+
+    def mount(options: str) -> Path:
+        nonlocal mounts
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, text=True, check=False)  # noqa: S607
+        if done.returncode:
+            pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+        mounts += 1
+        return folder
+
+    yield mount
+    for _ in range(mounts):
+        subprocess.run(["umount", str(folder)], check=True)  # noqa: S607
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("action", ACTIONS)
+def test_no_room_for_the_bytes(mounted: Callable[[str], Path], action: str) -> None:
+    root = mounted("size=4m")
+    prepare(root, action)
+    filling = root / "filling"
+    free = os.statvfs(root)
+    filling.write_bytes(bytes(free.f_bavail * free.f_frsize - 12 * 1024))
+    with pytest.raises(NoSpaceError, match=str(root)):
+        act(root, action)
+    assert_failed_cleanly(root, action)
+
+    filling.unlink()
+    act(root, action)
+    assert AFTER[action] == found_at(root / PLACE)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("action", ACTIONS)
+def test_no_room_for_another_file(mounted: Callable[[str], Path], action: str) -> None:
+    root = mounted("size=16m,nr_inodes=40")
+    prepare(root, action)
+    count = 0
+    while os.statvfs(root).f_favail > 0:
+        (root / f"filling-{count}").write_bytes(b"")
+        count += 1
+    failed = 0
+    # With room for one file more each time, until there is enough.
+    for number in range(count):
+        try:
+            act(root, action)
+        except NoSpaceError:
+            failed += 1
+            assert_failed_cleanly(root, action)
+        else:
+            break
+        (root / f"filling-{number}").unlink()
+
+    assert failed >= 3
+    assert AFTER[action] == found_at(root / PLACE)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_disk_that_is_mounted_for_reading(mounted: Callable[[str], Path], action: str) -> None:
+    root = mounted("size=4m")
+    prepare(root, action)
+    subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)  # noqa: S607
+    with pytest.raises(StoragePermissionError, match="Read-only"):
+        act(root, action)
+    assert_failed_cleanly(root, action)
+
+
+# Limits of the process
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_files_may_not_become_large(tmp_path: Path, action: str) -> None:
+    prepare(tmp_path, action)
+
+    def limited() -> tuple[str, int | None]:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        with pytest.raises(StorageError) as caught:
+            act(tmp_path, action)
+        assert_failed_cleanly(tmp_path, action)
+        return type(caught.value).__name__, caught.value.errno
+
+    assert ("StorageError", errno.EFBIG) == in_child(limited).result
+
+
+@pytest.mark.parametrize("action", [*ACTIONS, "restore"])
+def test_no_more_files_may_be_open(tmp_path: Path, action: str) -> None:
+    prepare(tmp_path, action)
+
+    def limited() -> int:
+        """How often it failed, with one more file allowed each time."""
+        filling = [os.open("/dev/null", os.O_RDONLY) for _ in range(64)]
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        soft = filling[-1] + 1
+        for failed in range(len(filling)):
+            live = state(7)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            error = error_of(Snapshot(tmp_path / EARLIER).restore, live) if action == "restore" else error_of(act, tmp_path, action)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            if error is None:
+                return failed
+            assert (StorageError, errno.EMFILE) == (type(error), error.errno)
+            assert action == "restore" or not assert_failed_cleanly(tmp_path, action)
+            assert torch.equal(live["model"]["weight"], state(7)["model"]["weight"])
+            os.close(filling.pop())
+        return -1
+
+    assert in_child(limited).result >= 2
+    assert (1 if action == "restore" else AFTER[action]) == found_at(tmp_path / (EARLIER if action == "restore" else PLACE))
+
+
+# Permissions
+
+
+class Watched(StateDict):
+    """Tells whether anybody has looked at it."""
+
+    asked = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.asked += 1
+        return super().state_dict()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("action", [*ACTIONS, "delete"])
+def test_a_folder_of_someone_else(tmp_path: Path, action: str) -> None:
+    """It is refused before the state is looked at."""
+    prepare(tmp_path, action)
+    (tmp_path / PLACE).mkdir(exist_ok=True)
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    (tmp_path / PLACE).chmod(0o555)
+
+    def as_nobody() -> int:
+        os.setgid(65534)
+        os.setuid(65534)
+        with pytest.raises(StoragePermissionError):
+            act(tmp_path, action)
+        watched_state = Watched(weight=torch.ones(3))
+        with pytest.raises(StoragePermissionError):
+            Snapshot.take(tmp_path / PLACE, {"state": watched_state}, overwrite=True)
+        return watched_state.asked
+
+    assert 0 == in_child(as_nobody).result
+    (tmp_path / PLACE).chmod(0o755)
+    assert_failed_cleanly(tmp_path, action)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("action", [*ACTIONS, "delete"])
+def test_a_folder_that_may_not_change(tmp_path: Path, action: str) -> None:
+    if shutil.which("chattr") is None:
+        pytest.skip("there is no chattr here")
+    prepare(tmp_path, action)
+    (tmp_path / PLACE).mkdir(exist_ok=True)
+    done = subprocess.run(["chattr", "+i", str(tmp_path / PLACE)], capture_output=True, text=True, check=False)  # noqa: S607
+    if done.returncode:
+        pytest.skip(f"chattr does not work here: {done.stderr.strip()}")
+    try:
+        with pytest.raises(StoragePermissionError):
+            act(tmp_path, action)
+    finally:
+        subprocess.run(["chattr", "-i", str(tmp_path / PLACE)], check=True)  # noqa: S607
+    assert_failed_cleanly(tmp_path, action)
+
+
+# Errors and lies of the system, told by the system
+
+
+def attempted(root: Path, action: str) -> str | None:
+    """The error of an action, in the process that lives on."""
+    error = error_of(act, root, action)
+    if error is None:
+        return None
+    assert_failed_cleanly(root, action)
+    return f"{type(error).__name__} {error.errno}"
+
+
+@NEEDS_STRACE
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["take", "copy"])
+@pytest.mark.parametrize("call", ["pwrite64", "fallocate", "ftruncate", "fsync"])
+def test_the_system_says_that_the_disk_is_broken(tmp_path: Path, action: str, call: str) -> None:
+    errors = set()
+    for number in (1, 2, 3):
+        root = tmp_path / str(number)
+        prepare(root, action)
+        inject = ["-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when={number}"]
+        ended = under_strace(inject, lambda root=root: attempted(root, action), tmp_path / "log")
+        errors.add(ended.result)
+        check(root, action)
+
+    assert f"StorageError {errno.EIO}" in errors
+    assert {f"StorageError {errno.EIO}", None} >= errors
+
+
+@NEEDS_STRACE
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["take", "async", "overwrite"])
+def test_the_system_says_that_it_wrote_and_did_not(tmp_path: Path, action: str) -> None:
+    """Each write in turn: of the lease, of headers, of tensors, of the manifest."""
+    errors = []
+    for number in range(1, 20):
+        root = tmp_path / str(number)
+        prepare(root, action)
+        inject = ["-e", "trace=pwrite64", "-e", f"inject=pwrite64:retval=4096:when={number}"]
+        errors.append(under_strace(inject, lambda root=root: attempted(root, action), tmp_path / "log").result)
+        if errors[-1] is None:
+            break
+        assert BEFORE[action] == check(root, action)
+
+    assert len(errors) >= 4
+    assert {"SnapshotWriteError None"} == set(errors[:-1])
+    assert AFTER[action] == found_at(root / PLACE)
+
+
+@NEEDS_STRACE
+@pytest.mark.slow
+def test_the_system_says_that_it_wrote_a_copy_and_did_not(tmp_path: Path) -> None:
+    prepare(tmp_path, "copy")
+    files = [record.name for record in Snapshot(tmp_path / EARLIER).manifest.files]
+    for name in files:
+        for number in (1, 2):
+            inject = ["-e", "trace=pwrite64", "-P", str(tmp_path / PLACE / name), "-e", f"inject=pwrite64:retval=4096:when={number}"]
+            ended = under_strace(inject, lambda: attempted(tmp_path, "copy"), tmp_path / "log")
+            assert "SnapshotWriteError None" == ended.result
+
+    act(tmp_path, "copy")
+    assert 2 == len(files)
+    assert 1 == check(tmp_path, "copy")
+
+
+# The same lies on a storage of any kind
+
+
+def test_a_write_that_was_lost_is_noticed_before_the_commit(tmp_path: Path) -> None:
+    for number in range(1, 5):
+        storage = FaultyStorage(LocalStorage(str(tmp_path)))
+        storage.lose("write", number)
+        with pytest.raises(SnapshotWriteError, match="lost a write"):
+            Snapshot.take(storage.url, state(1))
+        assert [] == list(tmp_path.iterdir())
+
+
+def test_without_looking_back_a_lost_write_goes_unnoticed(tmp_path: Path) -> None:
+    storage = FaultyStorage(LocalStorage(str(tmp_path)))
+    storage.lose("write", 2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("expstate.engine.write.FilesWriter._read_back", lambda *_: None)
+        snapshot = Snapshot.take(storage.url, state(1))
+
+    assert not snapshot.verify().ok
+
+
+# Faults of what is taken
+
+
+class Broken(StateDict):
+    """Cannot say what its state is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        msg = "no state today"
+        raise LookupError(msg)
+
+
+@pytest.mark.parametrize("take", [Snapshot.take, Snapshot.async_take])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_exception_of_a_stateful_is_raised_as_it_is(tmp_path: Path, take: Callable[..., Any], overwrite: bool) -> None:
+    action = "overwrite" if overwrite else "take"
+    prepare(tmp_path, action)
+    with pytest.raises(LookupError, match="no state today"):
+        take(tmp_path / PLACE, {**state(3), "broken": Broken()}, overwrite=overwrite)
+
+    assert_failed_cleanly(tmp_path, action)
+    assert overwrite == (tmp_path / PLACE).exists()
+
+
+@pytest.mark.parametrize("take", [Snapshot.take, Snapshot.async_take])
+def test_an_exception_of_the_progress_function_ends_the_take(tmp_path: Path, take: Callable[..., Any]) -> None:
+    def progress(_: object) -> None:
+        msg = "stop it"
+        raise LookupError(msg)
+
+    prepare(tmp_path, "take")
+    with pytest.raises(LookupError, match="stop it"):
+        take(tmp_path / PLACE, state(3), progress=progress).wait()
+
+    assert_failed_cleanly(tmp_path, "take")
+
+
+# Faults of reading
+
+
+def test_a_disk_that_fails_while_it_is_read(tmp_path: Path) -> None:
+    prepare(tmp_path, "take")
+    storage = FaultyStorage(LocalStorage(str(tmp_path / EARLIER)))
+    storage.fail("read_into", 2, error=StorageError("the disk is broken", errno.EIO))
+    live = state(7)
+    with pytest.raises(RestoreInterruptedError, match="the disk is broken") as caught:
+        Snapshot(storage.url).restore(live)
+
+    everything = {"model/weight", "model/bias", "model/name", "other/table"}
+    assert everything == {*caught.value.applied, *caught.value.unapplied} - {"model", "other"}
+    assert caught.value.unapplied
+    for path in caught.value.applied:
+        key, _, name = path.partition("/")
+        assert torch.equal(state(1)[key][name], live[key][name])
+    Snapshot(storage.url).restore(live)
+    assert torch.equal(state(1)["model"]["weight"], live["model"]["weight"])
+
+
+def test_verify_names_what_a_broken_disk_does_not_give(tmp_path: Path) -> None:
+    prepare(tmp_path, "take")
+    storage = FaultyStorage(LocalStorage(str(tmp_path / EARLIER)))
+    storage.fail("read_into", None, error=StorageError("the disk is broken", errno.EIO), names="other-*")
+    report = Snapshot(storage.url).verify()
+
+    assert not report.ok
+    assert {"", "other/table"} == {damage.entry for damage in report.damages}
+    assert all("the disk is broken" in damage.reason for damage in report.damages)
+
+
+def test_what_went_wrong_once_on_the_way_is_read_again(tmp_path: Path) -> None:
+    prepare(tmp_path, "take")
+    storage = FaultyStorage(LocalStorage(str(tmp_path / EARLIER)))
+    for names in ("model-*", "other-*"):
+        storage.flip("read_into", 1, byte=100, names=names)
+    live = state(7)
+    Snapshot(storage.url).restore(live)
+
+    assert torch.equal(state(1)["model"]["weight"], live["model"]["weight"])
+
+
+@NEEDS_STRACE
+@pytest.mark.slow
+def test_the_system_says_that_the_disk_cannot_be_read(tmp_path: Path) -> None:
+    prepare(tmp_path, "take")
+
+    def read() -> tuple[str, bool, bool]:
+        live = state(7)
+        with pytest.raises(RestoreInterruptedError) as caught:
+            Snapshot(tmp_path / EARLIER).restore({"other": live["other"]})
+        report = Snapshot(tmp_path / EARLIER).verify()
+        return str(caught.value.__cause__), report.ok, all("Input/output error" in damage.reason for damage in report.damages)
+
+    file = tmp_path / EARLIER / Snapshot(tmp_path / EARLIER).manifest.files[1].name
+    inject = ["-e", "trace=preadv,preadv2,pread64,read", "-P", str(file), "-e", "inject=preadv,preadv2,pread64,read:error=EIO"]
+    cause, ok, named = under_strace(inject, read, tmp_path / "log").result
+
+    assert "Input/output error" in cause
+    assert str(file) in cause
+    assert not ok
+    assert named
+    assert Snapshot(tmp_path / EARLIER).verify().ok
+
+
+@pytest.mark.parametrize("take", [Snapshot.take, Snapshot.async_take])
+def test_text_that_cannot_be_written_is_refused(tmp_path: Path, take: Callable[..., Any]) -> None:
+    prepare(tmp_path, "take")
+    with pytest.raises(AppStateError, match="surrogates"):
+        take(tmp_path / PLACE, {"model\ud800": StateDict(step=1)})
+    with pytest.raises(InvalidMetadataError, match="surrogates"):
+        take(tmp_path / PLACE, state(3), replicated=["model/\ud800"]).wait()
+
+    assert_failed_cleanly(tmp_path, "take")
