@@ -7,10 +7,6 @@ import random
 import sys
 
 import pytest
-
-# Before anything imports them: the tests of storages are shipped with the package, and pytest explains their asserts as it does those here.
-pytest.register_assert_rewrite("expstate.testing", "tests.engine.crashes", "tests.engine.processes")
-
 import torch
 
 try:
@@ -22,6 +18,9 @@ else:
     hypothesis.settings.register_profile("local", deadline=None)
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# Before anything imports them: the tests of storages are shipped with the package, and pytest explains their asserts as it does those here.
+pytest.register_assert_rewrite("expstate.testing")
 
 for _name in [name for name in os.environ if name.startswith("EXPSTATE_")]:
     del os.environ[_name]
