@@ -615,7 +615,8 @@ class Snapshot:
         manifest = self.manifest
         name = f"{manifest.metadata.name!r}, " if manifest.metadata.name else ""
         step = f", step {manifest.metadata.step}" if manifest.metadata.step is not None else ""
-        return f"Snapshot({self.path!r}, {name}id={manifest.id[:8]}{step}, {', '.join(self.keys())}, {bytes_text(self.nbytes)})"
+        keys = ", ".join(map(paths.printable, self.keys()))
+        return f"Snapshot({self.path!r}, {name}id={manifest.id[:8]}{step}, {keys}, {bytes_text(self.nbytes)})"
 
     def _repr_html_(self) -> str:
         try:

@@ -64,6 +64,13 @@ class Attempt:
         Of the snapshot to be.
     action : str
         ``"take"``, ``"copy"`` or ``"delete"``, for people who find the lease.
+
+    Attributes
+    ----------
+    lease_files : tuple of str
+        Files that the lease names because they do not carry the attempt's id, and that are to go.
+    committed : bool
+        Whether the snapshot exists.
     """
 
     def __init__(self, storage: Storage, snapshot_id: str, action: str) -> None:
@@ -74,7 +81,7 @@ class Attempt:
         self._renewed = 0.0
         self._renewing = threading.Lock()
         self._replaces: bytes | None = None
-        self._lease_files: tuple[str, ...] = ()
+        self.lease_files: tuple[str, ...] = ()
         self.id = snapshot_id
         self.token = names.attempt_of(snapshot_id)
         self.committed = False
@@ -84,7 +91,7 @@ class Attempt:
         return names.lease_name(self.token)
 
     def _lease(self) -> bytes:
-        return encode_lease(self.id, self._action, self._lease_files)
+        return encode_lease(self.id, self._action, self.lease_files)
 
     def begin(self, *, overwrite: bool) -> None:
         """Make the folder, see that the place is free and put the lease there.
@@ -120,15 +127,15 @@ class Attempt:
 
     def hold(self, files: Iterable[str] = ()) -> None:
         """Create the lease; ``files`` are named in it that do not carry the attempt's id."""
-        self._lease_files = tuple(files)
+        self.lease_files = tuple(files)
         self._lease_data = self._lease()
         try:
             self._storage.create(self._lease_name, self._lease_data, token=self.token)
         except FileExistsError:
-            self._take_over(self._lease_data)
+            self._take_over()
         self._renewed = time.monotonic()
 
-    def _take_over(self, lease_data: bytes) -> None:
+    def _take_over(self) -> None:
         """Put this lease in the place of a dead one: of a copy or deletion of the same snapshot that did not finish."""
         msg = f"another process is at work on snapshot {self.token} at {self._storage.url!r}"
         try:
@@ -139,8 +146,11 @@ class Attempt:
             raise SnapshotExistsError(msg) from None
         if lease is None or not is_dead(lease, modified_at, self._storage.clock()):
             raise SnapshotExistsError(msg)
+        # What the dead one was to remove is still to be removed.
+        self.lease_files = tuple(dict.fromkeys((*self.lease_files, *(name for name in lease.files if names.is_data_file(name)))))
+        self._lease_data = self._lease()
         try:
-            self._storage.replace(self._lease_name, lease_data, token=self.token, expected=found)
+            self._storage.replace(self._lease_name, self._lease_data, token=self.token, expected=found)
         except FileExistsError:
             raise SnapshotExistsError(msg) from None
         if self._action == "copy":
@@ -217,9 +227,9 @@ class Attempt:
     def finish(self) -> None:
         """Remove the files of the snapshot that was replaced, then the lease; what fails here is left to ``gc``."""
         with contextlib.suppress(ExpstateError, OSError):
-            if self._lease_files and self._action != "delete":
+            if self.lease_files and self._action != "delete":
                 kept = set(_files_of(read_committed(self._storage)))
-                for name in self._lease_files:
+                for name in self.lease_files:
                     if name not in kept:
                         self._storage.delete(name)
             self._storage.delete(self._lease_name)
@@ -327,7 +337,7 @@ def delete(storage: Storage) -> None:
             if read_committed(storage) is not None:
                 attempt.release()
         raise
-    remains = (*files, names.ANNOTATIONS, names.lease_name(attempt.token))
+    remains = (*attempt.lease_files, names.ANNOTATIONS, names.lease_name(attempt.token))
     try:
         storage.flush()
         _delete_all(storage, remains)

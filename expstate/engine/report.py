@@ -6,6 +6,8 @@ import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from expstate.state import paths
+
 if TYPE_CHECKING:
     from expstate.engine.read import Damage
 
@@ -62,9 +64,9 @@ class RestoreReport:
 
     def __str__(self) -> str:
         verb = "would restore" if self.dry_run else "restored"
-        text = f"{verb} {len(self.restored):,} entries ({bytes_text(self.nbytes)}) of {', '.join(self.keys)}"
+        text = f"{verb} {len(self.restored):,} entries ({bytes_text(self.nbytes)}) of {', '.join(map(paths.printable, self.keys))}"
         for what in ("missing", "unexpected", "cast", "skipped"):
-            names = getattr(self, what)
+            names = [paths.printable(name) for name in getattr(self, what)]
             if names:
                 text += f"; {what}: {', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}"  # noqa: PLR2004
         return text

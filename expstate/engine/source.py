@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from expstate.engine.attempt import read_committed
 from expstate.engine.read import Damage, Read, Target, target
-from expstate.errors import EntryNotFoundError, SnapshotCorruptError, SnapshotReplacedError
+from expstate.errors import EntryNotFoundError, SnapshotCorruptError, SnapshotReplacedError, StorageError, UnsafeFileError
 from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, AliasEntry, Box, Entry, Manifest, ObjectEntry, TensorEntry
 from expstate.state import paths
 
@@ -75,7 +75,13 @@ class SnapshotSource:
         session.files = [None] * len(self.manifest.files)
         with contextlib.ExitStack() as stack:
             for number in range(len(session.files)) if numbers is None else sorted(numbers):
-                problem = session._open(number, stack)  # noqa: SLF001 - another of this class
+                try:
+                    problem = session._open(number, stack)  # noqa: SLF001 - another of this class
+                except (UnsafeFileError, StorageError) as error:
+                    if on_damage is None:
+                        raise
+                    record = self.manifest.files[number]
+                    problem = Damage("", record.name, 0, record.size, str(error))
                 if problem and on_damage is None:
                     raise SnapshotCorruptError(str(problem))
                 if problem and on_damage is not None:

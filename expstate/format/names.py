@@ -17,6 +17,7 @@ ANNOTATIONS = "annotations.json"
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
 _DOTS = re.compile(r"\.{2,}")
 _FILE_NAME = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,230}-[0-9a-f]{8}\.safetensors")
+_DATA_FILE = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-[0-9a-f]{8}\.safetensors")
 _ID = re.compile(r"[0-9a-f]{32}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
 _LEASE = re.compile(r"\.attempt-([0-9a-f]{8})\.json|\.\.attempt-([0-9a-f]{8})\.json\.\2")
@@ -68,6 +69,15 @@ def is_of_attempt(name: str, attempt: str) -> bool:
     if _ATTEMPT.fullmatch(attempt) is None:
         return False
     return re.fullmatch(rf"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-{attempt}\.safetensors|\.[A-Za-z0-9.-]*\.{attempt}", name) is not None
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file is some attempt's data file by its name.
+
+    >>> is_data_file("model-00001-3f9a2c71.safetensors"), is_data_file("weights.safetensors")
+    (True, False)
+    """
+    return _DATA_FILE.fullmatch(name) is not None
 
 
 class FileNamer:

@@ -68,6 +68,15 @@ def is_printable(path: str) -> bool:
     return path.isprintable() or _NO_PATH.search(path) is None
 
 
+def printable(name: str) -> str:
+    r"""A name as a terminal may be given it: control characters and the like are percent-encoded.
+
+    >>> printable("a/b"), printable("\x1b[31m")
+    ('a/b', '%1B[31m')
+    """
+    return _NO_PATH.sub(_percent, name)
+
+
 def key_parts(keys: Sequence[Any]) -> list[str]:
     """A distinct path part for each key of a dict; keys that print alike (``1``, ``"1"``, ``True``) stay apart.
 

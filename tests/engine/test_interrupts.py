@@ -36,6 +36,13 @@ def at_work() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("expstate") and thread.is_alive()]
 
 
+def settle() -> None:
+    """Let a thread end that has said that it is done, or was just being started and finds that there is nothing to do."""
+    until = time.monotonic() + 5
+    while any(name.startswith("expstate-take") for name in at_work()) and time.monotonic() < until:
+        time.sleep(0.001)
+
+
 def begin_async(root: Path) -> PendingSnapshot:
     return Snapshot.async_take(root / PLACE, state(3))
 
@@ -54,10 +61,12 @@ def ended_by(function: Callable[[], Any]) -> BaseException | None:
 
 def assert_quiet(root: Path) -> int | None:
     """Nobody is at work, nothing is left, and it stays so; what is visible."""
+    settle()
     assert [] == at_work()
     assert_clean(root)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     time.sleep(0.02)
+    settle()
     assert [] == at_work()
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert 1 == found_at(root / EARLIER)
