@@ -55,18 +55,21 @@ class PendingSnapshot:
         self._error: BaseException | None = None
         self.path = path
         self.id = take.id
-        # Started here, where threads can still be started: the interpreter may be ending when the work is done. Settings are those
-        # in force here.
+        # Settings are those in force here.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name=f"expstate-take-{self.id[:8]}")
-        try:
-            self._thread.start()
-        except BaseException:
-            # Interrupted: the caller gets nothing to wait for, so nothing may appear.
-            take.cancel()
-            if self._thread.is_alive():
-                self._done.wait()
-            raise
+
+    def _begin(self) -> None:
+        """Start the thread, while threads can still be started: the interpreter may be ending when the work is done."""
+        self._thread.start()
+
+    def _give_up(self) -> None:
+        """End what was begun and nobody has in hand: nothing may appear."""
+        self._take.cancel()
+        if self._thread.is_alive():
+            self._done.wait()  # it removes what it has written
+        else:
+            self._take.abort()
 
     def _run(self) -> None:
         try:

@@ -253,15 +253,17 @@ class Snapshot:
             progress,
         )
         take = Take(request)
+        storage = request.storage
+        pending = PendingSnapshot(storage.url, take, lambda manifest, data: cls._opened(storage, manifest, data))
         try:
             take.gather()
             take.stage()
             _warn_of_trust(take)
-            storage = request.storage
-            return PendingSnapshot(storage.url, take, lambda manifest, data: cls._opened(storage, manifest, data))
+            pending._begin()  # noqa: SLF001 - not for users: it is begun when they get it
         except BaseException:
-            take.abort()
+            pending._give_up()  # noqa: SLF001
             raise
+        return pending
 
     @classmethod
     def _opened(cls, storage: Storage, manifest: Manifest, data: bytes) -> Snapshot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -80,7 +81,8 @@ class Crew(Generic[Job]):
         self._stop = stop
         self._begun = 0
         self._ended = 0
-        self._changed = threading.Condition()
+        self._counting = threading.Lock()  # taken by the threads alone, which no interrupt reaches
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
         # Not daemons: an interpreter that exits waits until what was promised is written.
         self._threads = [threading.Thread(target=self._run, name=f"expstate-{index}") for index in range(threads)]
 
@@ -95,7 +97,7 @@ class Crew(Generic[Job]):
                 self._run()
 
     def _run(self) -> None:
-        with self._changed:
+        with self._counting:
             self._begun += 1
         try:
             with self._around():
@@ -108,15 +110,14 @@ class Crew(Generic[Job]):
         except BaseException as error:  # noqa: BLE001 - raised again by wait()
             self._stop.set(error)
         finally:
-            with self._changed:
+            with self._counting:
                 self._ended += 1
-                self._changed.notify_all()
+            self._ends.put(None)
 
     def wait(self) -> None:
         """Wait for the last job; raise the first error. An interrupt stops the threads before it goes on."""
         try:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ended == len(self._threads))
+            self._sleep_until(lambda: self._ended == len(self._threads))
             for thread in self._threads:
                 if thread.ident is not None:
                     thread.join()
@@ -128,6 +129,13 @@ class Crew(Generic[Job]):
             raise self._stop.error
         self._stop.check()
 
+    def _sleep_until(self, reached: Callable[[], bool]) -> None:
+        # No condition or event of threading: an interrupt inside one leaves its lock as it should not be. One that comes between a
+        # thread's sign and the look at the count costs a moment.
+        while not reached():
+            with contextlib.suppress(queue.Empty):
+                self._ends.get(timeout=0.05)
+
     def join(self) -> None:
         """Wait until no thread is at work, whatever came of it; what they hold may then be let go.
 
@@ -138,8 +146,7 @@ class Crew(Generic[Job]):
         while True:
             # Not by Thread.join alone, which takes a thread for dead when it is interrupted.
             try:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._ended == self._begun)
+                self._sleep_until(lambda: self._ended == self._begun)
                 for thread in self._threads:
                     if thread.ident is not None:
                         thread.join()

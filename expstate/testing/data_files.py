@@ -11,7 +11,7 @@ import pytest
 
 from expstate.errors import ExpstateError
 from expstate.settings import MIB
-from expstate.testing.cases import BASE, DATA, SMALL, TOKEN, StorageCase, aligned, random_bytes, together
+from expstate.testing.cases import BASE, DATA, SMALL, TOKEN, StorageCase, aligned, random_bytes, same_bytes, together
 
 if TYPE_CHECKING:
     from expstate.storage.base import Storage
@@ -28,8 +28,8 @@ class DataFileTests(StorageCase):
         data = random_bytes(size)
         self.put(storage, DATA, data)
 
-        assert data == self.read(storage, DATA, 0, size)
-        assert data == storage.read(DATA)
+        assert same_bytes(data, self.read(storage, DATA, 0, size))
+        assert same_bytes(data, storage.read(DATA))
         assert size == storage.stat(DATA).size
 
     def test_a_data_file_is_written_by_several_threads_in_any_order(self, storage: Storage) -> None:
@@ -42,7 +42,7 @@ class DataFileTests(StorageCase):
             list(pool.map(lambda start: writer.write(start, aligned(data[start : start + step])), starts))
         doubtful = writer.finish()
 
-        assert data == storage.read(DATA)
+        assert same_bytes(data, storage.read(DATA))
         assert all(0 <= first < last <= len(data) for first, last in doubtful)
 
     def test_the_bytes_of_a_part_are_taken_before_the_write_returns(self, storage: Storage) -> None:
@@ -56,7 +56,7 @@ class DataFileTests(StorageCase):
         buffer[:] = bytes(MIB)
         writer.finish()
 
-        assert data == storage.read(DATA)
+        assert same_bytes(data, storage.read(DATA))
 
     def test_a_data_file_is_created_once(self, storage: Storage) -> None:
         """A name that is taken is refused, and what has it stays."""
@@ -98,7 +98,7 @@ class DataFileTests(StorageCase):
         storage.flush()
 
         assert [BASE] == self.names(storage)
-        assert data == self.read(storage, BASE, 0, len(data))
+        assert same_bytes(data, self.read(storage, BASE, 0, len(data)))
         assert len(data) == storage.stat(BASE).size
         storage.delete(BASE)
         assert [] == self.names(storage)
@@ -121,7 +121,7 @@ class DataFileTests(StorageCase):
                 target = aligned(bytes(length))
                 reader.read_into(offset, target)
                 expected = data[offset : offset + length]
-                assert expected == bytes(target[: len(expected)])
+                assert same_bytes(expected, bytes(target[: len(expected)]))
                 assert isinstance(reader.is_cached(offset, length), bool)
 
     def test_a_read_that_goes_beyond_the_end_stops_there(self, storage: Storage) -> None:
@@ -129,8 +129,8 @@ class DataFileTests(StorageCase):
         data = random_bytes(5000)
         self.put(storage, DATA, data)
 
-        assert data == self.read(storage, DATA, 0, 8192)[:5000]
-        assert data[4096:] == self.read(storage, DATA, 4096, 4096)[:904]
+        assert same_bytes(data, self.read(storage, DATA, 0, 8192)[:5000])
+        assert same_bytes(data[4096:], self.read(storage, DATA, 4096, 4096)[:904])
 
     def test_a_file_is_read_by_several_threads(self, storage: Storage) -> None:
         """One reader serves them all."""
@@ -161,7 +161,7 @@ class DataFileTests(StorageCase):
             except ExpstateError:
                 pass
             else:
-                assert old == bytes(target)
+                assert same_bytes(old, bytes(target))
 
     def test_what_is_not_there_is_not_found(self, storage: Storage) -> None:
         """By every way of looking."""

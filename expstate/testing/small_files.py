@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from expstate.errors import ManifestTooLargeError
-from expstate.testing.cases import SMALL, TOKEN, StorageCase, random_bytes, together
+from expstate.testing.cases import SMALL, TOKEN, StorageCase, random_bytes, same_bytes, together
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,7 @@ class SmallFileTests(StorageCase):
         with pytest.raises(FileExistsError):
             storage.create(SMALL, b"second", token="77777777")  # noqa: S106 - no secret
 
-        assert data == storage.read(SMALL)
+        assert same_bytes(data, storage.read(SMALL))
         assert [SMALL] == self.names(storage)
 
     def test_of_several_threads_that_create_a_file_one_wins(self, storage: Storage) -> None:
@@ -62,7 +62,7 @@ class SmallFileTests(StorageCase):
 
             won = together(6, create)
             assert 1 == sum(won)
-            assert b"%d" % won.index(True) * 5000 == storage.read(name)
+            assert same_bytes(b"%d" % won.index(True) * 5000, storage.read(name))
 
     def test_of_several_processes_that_create_a_file_one_wins(self, storage: Storage, place: Path) -> None:
         """And nothing of the others remains."""
@@ -89,7 +89,7 @@ class SmallFileTests(StorageCase):
         """Whole, whether it is there or not, and longer or shorter than before."""
         for data in (b"first", random_bytes(100_000), b"third"):
             storage.replace(SMALL, data, token=TOKEN)
-            assert data == storage.read(SMALL)
+            assert same_bytes(data, storage.read(SMALL))
         assert [SMALL] == self.names(storage)
 
     @pytest.mark.parametrize("found", [None, b"other", b"expected and more", b""])
@@ -101,7 +101,7 @@ class SmallFileTests(StorageCase):
             storage.replace(SMALL, b"new", token=TOKEN, expected=b"expected")
 
         assert ([] if found is None else [SMALL]) == self.names(storage)
-        assert found is None or found == storage.read(SMALL)
+        assert found is None or same_bytes(found, storage.read(SMALL))
         storage.replace(SMALL, b"expected", token=TOKEN)
         storage.replace(SMALL, b"new", token=TOKEN, expected=b"expected")
         assert b"new" == storage.read(SMALL)
@@ -150,4 +150,4 @@ class SmallFileTests(StorageCase):
         with pytest.raises(ManifestTooLargeError):
             storage.read(SMALL, limit=999)
 
-        assert bytes(1000) == storage.read(SMALL, limit=1000)
+        assert same_bytes(bytes(1000), storage.read(SMALL, limit=1000))

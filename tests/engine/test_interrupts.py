@@ -126,6 +126,56 @@ def test_an_async_take_that_is_interrupted_does_not_appear_later(tmp_path: Path)
     assert {"interrupted", "too late"} <= outcomes
 
 
+@pytest.mark.parametrize("moment", ["while it writes", "while it commits"])
+def test_an_async_take_that_is_interrupted_when_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The thread is at work, and the caller will never have the handle: it is stopped, and cleans up itself if it can still be."""
+    prepare(tmp_path, "take")
+    storage = FaultyStorage(LocalStorage(str(tmp_path / PLACE)))
+    reached = threading.Event()
+
+    def linger() -> None:
+        reached.set()
+        time.sleep(0.2)
+
+    if moment == "while it writes":
+        storage.run("finish", 1, function=linger)
+    else:
+        storage.run("create", 1, function=linger, names="snapshot.json")
+    start = threading.Thread.start
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("expstate-take"):
+            assert reached.wait(20)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Snapshot.async_take(storage.url, state(3))
+
+    assert (3 if moment == "while it commits" else None) == assert_quiet(tmp_path)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_an_async_take_that_is_interrupted_on_its_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: float) -> None:
+    """Between the start of its thread and the return, whatever the thread does meanwhile."""
+    prepare(tmp_path, "take")
+    storage = FaultyStorage(LocalStorage(str(tmp_path / PLACE)))
+    storage.run("create", 1, function=lambda: time.sleep(0.05), names="snapshot.json")
+    begin = PendingSnapshot._begin
+
+    def begin_and_interrupt(pending: PendingSnapshot) -> None:
+        begin(pending)
+        time.sleep(pause)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PendingSnapshot, "_begin", begin_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Snapshot.async_take(storage.url, state(3))
+
+    assert assert_quiet(tmp_path) in {None, 3}
+
+
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
     """A KeyboardInterrupt comes after so many seconds, wherever the main thread is then."""
