@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from expstate import Snapshot, StateDict, gc, settings
 from expstate.engine.lease import decode_lease
-from expstate.errors import SnapshotNotFoundError
+from expstate.errors import ExpstateError, SnapshotNotFoundError
 
 EARLIER, PLACE = "earlier", "place"
 
@@ -115,3 +118,25 @@ def check(root: Path, action: str) -> int | None:
     assert 1 == found_at(copied / EARLIER)
     assert_clean(copied)
     return value
+
+
+def crew_threads() -> list[str]:
+    """The threads of ours that are at work; those that keep idle memory for a while are not."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("expstate") and thread.is_alive()]
+
+
+def error_of(function: Callable[..., object], *args: object) -> Any:
+    """The error of ours that a function raises, or None."""
+    try:
+        function(*args)
+    except ExpstateError as error:
+        return error
+    return None
+
+
+def assert_failed_cleanly(root: Path, action: str) -> None:
+    """Nothing of the failed action is there, in the process that lives on."""
+    assert [] == crew_threads()
+    assert_clean(root)
+    assert 1 == found_at(root / EARLIER)
+    assert BEFORE[action] == found_at(root / PLACE)
