@@ -202,7 +202,9 @@ class Take:
             self._staging = memory.Staging(self._request.memory_budget_bytes, threads, pinned_for)
             self._progress = Progress("take", self.total_bytes, self._request.progress)
         with collector.paused():
-            writer = FilesWriter(self._storage, files, sources, addresses, self._staging, threads, self._written, self._stop)
+            # Progress counts the state; what is written after it, digests, is not part of what was promised.
+            written = self._renewed if self._writers else self._written
+            writer = FilesWriter(self._storage, files, sources, addresses, self._staging, threads, written, self._stop)
         self._writers.append(writer)
         return writer
 
@@ -210,6 +212,9 @@ class Take:
         self.done_bytes += nbytes
         if self._progress is not None:
             self._progress.add(nbytes)
+        self._attempt.renew()
+
+    def _renewed(self, nbytes: int) -> None:  # noqa: ARG002 - told as ``_written`` is
         self._attempt.renew()
 
     def write(self) -> None:
