@@ -15,6 +15,8 @@ Examples
 
 from expstate import errors, settings
 from expstate._version import __version__
+from expstate.catalog.catalog import Catalog
+from expstate.catalog.model import Record
 from expstate.engine.collect import GcReport, gc
 from expstate.engine.report import RestoreReport, VerifyReport
 from expstate.errors import ExpstateError, ExpstateWarning
@@ -24,12 +26,14 @@ from expstate.snapshot import Snapshot, SnapshotMetadata
 from expstate.state.stateful import RNGState, StateDict, Stateful
 
 __all__ = [
+    "Catalog",
     "ExpstateError",
     "ExpstateWarning",
     "GcReport",
     "PendingSnapshot",
     "ProgressUpdate",
     "RNGState",
+    "Record",
     "RestoreReport",
     "Snapshot",
     "SnapshotMetadata",

@@ -190,6 +190,59 @@ class TakePendingError(ExpstateError, TimeoutError):
     """``wait(timeout=...)`` ran out; the take goes on."""
 
 
+# The catalog
+
+
+class CatalogError(ExpstateError, RuntimeError):
+    """The catalog cannot do what was asked. Snapshots are not touched by its troubles."""
+
+
+class CatalogUnavailableError(CatalogError, ConnectionError):
+    """The catalog is locked, read-only, unreachable, or a package that it needs is missing. Try again, or mend what the message names."""
+
+
+class CatalogCorruptError(CatalogError):
+    """The catalog's file is damaged or not one of ours. ``expstate scan`` puts it aside and builds it anew from the snapshots."""
+
+
+class CatalogVersionError(CatalogError):
+    """The catalog was made by a newer version. Upgrade expstate, or name another catalog by ``EXPSTATE_CATALOG``."""
+
+
+class InvalidQueryError(ExpstateError, ValueError):
+    """A query or sort cannot be understood.
+
+    Attributes
+    ----------
+    position : int or None
+        The character of the query where it goes wrong, from 0.
+    """
+
+    def __init__(self, message: str, position: int | None = None) -> None:
+        super().__init__(message)
+        self.position = position
+
+
+class RefNotFoundError(SnapshotNotFoundError, LookupError):
+    """No snapshot goes by this ref. The message lists the nearest names."""
+
+
+class AmbiguousRefError(ExpstateError, LookupError):
+    """The beginning of an id fits several snapshots. Give more of it."""
+
+
+class SnapshotChangedError(ExpstateError, RuntimeError):
+    """What lies at the place of a record is not the snapshot that was recorded. Run ``expstate scan`` on the folder."""
+
+
+class SnapshotPinnedError(ExpstateError, PermissionError):
+    """The snapshot is pinned or has an alias, so it is not removed. Unpin it, or pass ``force=True``."""
+
+
+class UntrustedLocationError(ExpstateError, ValueError):
+    """A record's URL has a scheme that records may not open. Add the scheme to ``EXPSTATE_SCHEMES`` if you trust who wrote the catalog."""
+
+
 # Warnings
 
 
@@ -203,3 +256,11 @@ class NeedsTrustWarning(ExpstateWarning):
 
 class TakeFailedWarning(ExpstateWarning):
     """A take in the background failed and nobody waited for it."""
+
+
+class CatalogWarning(ExpstateWarning):
+    """A take was not entered into the catalog, or a catalog is in a place that does not suit it; the snapshot itself is safe."""
+
+
+class ProvenanceWarning(ExpstateWarning):
+    """Something of a snapshot's provenance could not be recorded, or looked like a secret and was left out."""

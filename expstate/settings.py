@@ -21,6 +21,8 @@ KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 
+PROVENANCE_LEVELS = ("full", "minimal", "off")
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -43,6 +45,20 @@ class Settings:
         ``1`` and ``0`` turn progress on and off; unset means on at a terminal or in a notebook.
     progress_delay_seconds : float, default 2
         Operations shorter than this show no progress.
+    catalog : str, default ""
+        Where takes are recorded: a path, an SQLAlchemy URL, or ``off``; empty means the user's own SQLite file.
+    catalog_timeout_seconds : float, default 5
+        How long a catalog that does not answer may delay a take.
+    project : str, default ""
+        The project of takes and searches; empty means the git remote, else the git root, else the folder.
+    provenance : str, default "full"
+        What takes record of where they came from: ``full``, ``minimal`` (project, git commit, versions of Python and torch) or ``off``.
+    provenance_diff : bool, default False
+        Record the uncommitted changes of the git repository too.
+    provenance_source : bool, default True
+        Record the source of the notebook cell that takes.
+    schemes : str, default ""
+        Schemes besides ``fs``, ``file``, ``s3`` and ``gs`` that a URL from a catalog may have to be opened, separated by commas.
 
     Examples
     --------
@@ -59,6 +75,13 @@ class Settings:
     staging_idle_seconds: float = 60.0
     progress: bool | None = None
     progress_delay_seconds: float = 2.0
+    catalog: str = ""
+    catalog_timeout_seconds: float = 5.0
+    project: str = ""
+    provenance: str = "full"
+    provenance_diff: bool = False
+    provenance_source: bool = True
+    schemes: str = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -68,6 +91,9 @@ class Settings:
                 raise InvalidSettingError(msg)
         if self.data_file_bytes < MIB:
             msg = f"setting data_file_bytes must be at least 1 MiB, got {self.data_file_bytes}"
+            raise InvalidSettingError(msg)
+        if self.provenance not in PROVENANCE_LEVELS:
+            msg = f"setting provenance must be one of {', '.join(PROVENANCE_LEVELS)}, got {self.provenance!r}"
             raise InvalidSettingError(msg)
 
     @property
@@ -80,6 +106,8 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
 def _parse(variable: str, text: str, annotation: str) -> Any:
+    if annotation == "str":
+        return text
     try:
         if annotation == "int":
             return int(text)

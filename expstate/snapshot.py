@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expstate import collector
-from expstate.engine import attempt, copy, describe, fetch, memory, restore, verify
+from expstate.catalog.origin import CatalogOption, Origin
+from expstate.engine import ancestry, attempt, copy, describe, fetch, memory, restore, verify
 from expstate.engine.devices import check_device
 from expstate.engine.match import check_rename
 from expstate.engine.plan import RestoreOptions
@@ -136,6 +137,8 @@ class Snapshot:
         overwrite: bool = False,
         memory_budget_bytes: int | None = None,
         progress: ProgressOption = None,
+        catalog: CatalogOption = None,
+        force: bool = False,
     ) -> Snapshot:
         """Take a snapshot and wait until it is durable.
 
@@ -166,6 +169,11 @@ class Snapshot:
         progress : None, bool or callable
             None shows a bar at a terminal or in a notebook when it takes longer than 2 s; a function is given a ``ProgressUpdate``
             after each piece.
+        catalog : Catalog, str, os.PathLike or False, optional
+            Where the take is recorded: a catalog, its path or URL, or False for nowhere; default by the setting ``catalog``, else the
+            user's own. A catalog that fails never fails a take.
+        force : bool, default False
+            With ``overwrite``: also a snapshot that is pinned or has an alias.
 
         Returns
         -------
@@ -176,6 +184,8 @@ class Snapshot:
         ------
         SnapshotExistsError
             If a snapshot is there already.
+        SnapshotPinnedError
+            If the snapshot to overwrite is pinned or has an alias.
         AppStateError, UnsupportedValueError, InvalidNameError, InvalidMetadataError, InvalidArgumentError
             If something that was given cannot be stored; nothing was written.
         StorageError
@@ -185,24 +195,32 @@ class Snapshot:
         -----
         NeedsTrustWarning
             If objects were stored that only ``trust=True`` will bring back.
+        CatalogWarning
+            If the take could not be entered into the catalog.
+        ProvenanceWarning
+            If a note or param looks like a secret, so that only a hash of it was recorded.
         """
+        origin = Origin(catalog, replicated, note, params)
         request = make_request(
             path,
             app_state,
             pg,
-            replicated,
             storage_options,
             name,
             tags,
-            params,
+            origin.params,
             metrics,
-            note,
+            origin.note,
             step,
             overwrite,
             memory_budget_bytes,
             progress,
+            force,
+            origin.provenance,
         )
+        origin.gather()
         take, manifest, data = take_now(request)
+        origin.record(request.storage.url, manifest, data)
         _warn_of_trust(take)
         return cls._opened(request.storage, manifest, data)
 
@@ -224,6 +242,8 @@ class Snapshot:
         overwrite: bool = False,
         memory_budget_bytes: int | None = None,
         progress: ProgressOption = None,
+        catalog: CatalogOption = None,
+        force: bool = False,
     ) -> PendingSnapshot:
         """Take a snapshot in the background; returns when the state is captured, so that the training may go on.
 
@@ -236,25 +256,33 @@ class Snapshot:
         PendingSnapshot
             To wait for.
         """
+        origin = Origin(catalog, replicated, note, params)
         request = make_request(
             path,
             app_state,
             pg,
-            replicated,
             storage_options,
             name,
             tags,
-            params,
+            origin.params,
             metrics,
-            note,
+            origin.note,
             step,
             overwrite,
             memory_budget_bytes,
             progress,
+            force,
+            origin.provenance,
         )
+        origin.gather()
         take = Take(request)
         storage = request.storage
-        pending = PendingSnapshot(storage.url, take, lambda manifest, data: cls._opened(storage, manifest, data))
+
+        def committed(manifest: Manifest, data: bytes) -> Snapshot:
+            origin.record(storage.url, manifest, data)
+            return cls._opened(storage, manifest, data)
+
+        pending = PendingSnapshot(storage.url, take, committed)
         try:
             take.gather()
             take.stage()
@@ -541,9 +569,12 @@ class Snapshot:
             device=check_device(device),
         )
         budget = memory.budget_bytes(memory_budget_bytes)
-        return restore.restore(
+        report = restore.restore(
             self._source, app_state, options, budget=budget, progress=progress, verify=verify, atomic=atomic, dry_run=dry_run
         )
+        if not dry_run:
+            ancestry.note(report.keys, self.id)
+        return report
 
     # The snapshot as a whole
 
@@ -565,15 +596,22 @@ class Snapshot:
         source, _ = _read_source(self._storage)
         return verify.verify(source, budget=memory.budget_bytes(memory_budget_bytes), progress=progress)
 
-    def delete(self) -> None:
+    def delete(self, *, force: bool = False) -> None:
         """Remove the snapshot: at once invisible, then its files one by one by name. Other files in the folder stay.
+
+        Parameters
+        ----------
+        force : bool, default False
+            Delete it though it is pinned or has an alias.
 
         Raises
         ------
         SnapshotNotFoundError
             If there is none.
+        SnapshotPinnedError
+            If it is pinned or has an alias.
         """
-        attempt.delete(self._storage)
+        attempt.delete(self._storage, force=force)
         self._loaded = None
 
     def copy(

@@ -24,6 +24,8 @@ pytest.register_assert_rewrite("expstate.testing")
 
 for _name in [name for name in os.environ if name.startswith("EXPSTATE_")]:
     del os.environ[_name]
+# The user's own catalog is nobody's business here; tests of catalogs name theirs.
+os.environ["EXPSTATE_CATALOG"] = "off"
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,7 @@ class Attempt:
     def _lease(self) -> bytes:
         return encode_lease(self.id, self._action, self.lease_files)
 
-    def begin(self, *, overwrite: bool) -> None:
+    def begin(self, *, overwrite: bool, force: bool = False) -> None:
         """Make the folder, see that the place is free and put the lease there.
 
         Raises
@@ -104,7 +104,7 @@ class Attempt:
         for _ in range(_MOST_TRIES):
             try:
                 self._made_folder |= self._storage.prepare()
-                self._check_free(overwrite=overwrite)
+                self._check_free(overwrite=overwrite, force=force)
                 # The files of a snapshot that will be replaced do not carry this attempt's id: the lease names them for gc.
                 self.hold(_files_of(self._replaces))
             except FileNotFoundError:
@@ -116,7 +116,7 @@ class Attempt:
         msg = f"the folder {self._storage.url!r} disappears as often as it is made"
         raise StorageError(msg)
 
-    def _check_free(self, *, overwrite: bool) -> None:
+    def _check_free(self, *, overwrite: bool, force: bool) -> None:
         try:
             self._replaces = self._storage.read(names.MANIFEST, limit=manifests.MAX_BYTES)
         except FileNotFoundError:
@@ -307,7 +307,7 @@ def read_manifest(storage: Storage) -> tuple[Manifest, bytes]:
         raise type(error)(msg) from error
 
 
-def delete(storage: Storage) -> None:
+def delete(storage: Storage, *, force: bool = False) -> None:
     """Remove a snapshot: its manifest first, so that it is gone at once, then its files. ``gc`` finishes what a crash leaves.
 
     Raises

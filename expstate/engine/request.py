@@ -15,7 +15,7 @@ from expstate.storage import registry
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from expstate.state.stateful import Stateful
 
@@ -33,7 +33,6 @@ def make_request(
     path: str | os.PathLike[str],
     app_state: dict[str, Stateful],
     pg: Any,
-    replicated: Sequence[str] | None,
     storage_options: Mapping[str, Any] | None,
     name: str | None,
     tags: Iterable[str],
@@ -44,13 +43,12 @@ def make_request(
     overwrite: bool,
     memory_budget_bytes: int | None,
     progress: ProgressOption,
+    force: bool,
+    provenance: Callable[[], dict[str, Any]],
 ) -> TakeRequest:
     """Check everything that was given to a take."""
     check_app_state(app_state)
     check_option(progress)
-    provenance: dict[str, Any] = {}
-    if replicated is not None:
-        provenance["replicated"] = list(globs(replicated, "replicated"))
     _check_process_group(pg)
     return TakeRequest(
         storage=registry.open_storage(path, storage_options),
@@ -58,6 +56,7 @@ def make_request(
         metadata=make_metadata(name=name, tags=tags, params=params, metrics=metrics, note=note, step=step),
         provenance=provenance,
         overwrite=overwrite,
+        force=force,
         memory_budget_bytes=memory.budget_bytes(memory_budget_bytes),
         progress=progress,
     )

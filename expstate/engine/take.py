@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 
 from expstate import collector, settings
 from expstate._version import __version__
-from expstate.engine import crew, memory
+from expstate.engine import ancestry, crew, memory
 from expstate.engine.attempt import Attempt
 from expstate.engine.digest import box_digest
 from expstate.engine.write import FilesWriter
@@ -45,20 +46,21 @@ from expstate.state.stateful import RNGState, Stateful, preserved_rng
 from expstate.state.tensors import ITEM_SIZES, NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from expstate.storage.base import Storage
 
 
 @dataclass(frozen=True, slots=True)
 class TakeRequest:
-    """What to take and where to, checked by the caller."""
+    """What to take and where to, checked by the caller; ``provenance`` is asked when the manifest is written."""
 
     storage: Storage
     app_state: Mapping[str, Stateful]
     metadata: Metadata
-    provenance: dict[str, Any]
+    provenance: Callable[[], dict[str, Any]]
     overwrite: bool
+    force: bool
     memory_budget_bytes: int
     progress: ProgressOption
 
@@ -118,6 +120,9 @@ class Take:
         self.id = names.new_id()
         self._attempt = Attempt(request.storage, self.id, "take")
         self._created_at = dt.datetime.now(dt.timezone.utc)
+        self._begun = time.monotonic()
+        self._looked_at = 0
+        self._parent: str | None = None
         self._leaves: list[tree.Leaf] = []
         self._keys: list[KeyRecord] = []
         self._sources: list[torch.Tensor] = []
@@ -140,7 +145,9 @@ class Take:
 
     def gather(self) -> None:
         """Take hold of the place, then of the state: flattened, objects pickled, everything laid out."""
-        self._attempt.begin(overwrite=self._request.overwrite)
+        self._attempt.begin(overwrite=self._request.overwrite, force=self._request.force)
+        self._looked_at = ancestry.moment()
+        self._parent = ancestry.parent_of(self._request.app_state)
         states = state_dicts(self._request.app_state)
         with collector.paused():
             for key, state in states.items():
@@ -252,6 +259,7 @@ class Take:
         self._attempt.commit(data, {record.name: record.size for record in manifest.files})
         self._attempt.finish()
         self._close()
+        ancestry.note((record.key for record in manifest.keys), manifest.id, self._looked_at)
         return manifest, data
 
     def _boxes(self) -> dict[int, list[Box]]:
@@ -299,7 +307,9 @@ class Take:
             requires=(),
             world_size=1,
             metadata=self._request.metadata,
-            provenance=self._request.provenance,
+            provenance=self._request.provenance(),
+            parent=self._parent,
+            duration_seconds=round(time.monotonic() - self._begun, 6),
             keys=tuple(self._keys),
             files=tuple(file.record for file in self._files),
             entries=tuple(self._entry(leaf, boxes) for leaf in self._leaves),

@@ -165,12 +165,18 @@ class KeyRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
     type: str
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """All that ``snapshot.json`` says but for its digest. ``created_at`` is ISO 8601 in UTC."""
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """All that ``snapshot.json`` says but for its digest.
+
+    ``created_at`` is ISO 8601 in UTC; ``parent`` is the id of the snapshot that the state came from, the last that the process took or
+    restored with a key of this one; ``duration_seconds`` is the time from the beginning of the take until the manifest was written.
+    """
 
     format: int
     id: str
     created_at: str
+    duration_seconds: float | None = None
+    parent: str | None = None
     writer: str
     requires: tuple[str, ...]
     world_size: int

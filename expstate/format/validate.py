@@ -50,6 +50,12 @@ def validate(manifest: Manifest) -> None:
     if manifest.world_size < 1:
         msg = f"world size {manifest.world_size} is not possible"
         raise ManifestError(msg)
+    if manifest.parent is not None and not names.is_id(manifest.parent):
+        msg = f"the parent {manifest.parent[:80]!r} is no id of a snapshot"
+        raise ManifestError(msg)
+    if manifest.duration_seconds is not None and manifest.duration_seconds < 0:
+        msg = f"a duration of {manifest.duration_seconds} seconds is not possible"
+        raise ManifestError(msg)
     _check_files(manifest)
     _check_paths(manifest)
     spans: list[Span] = []

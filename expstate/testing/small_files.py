@@ -132,11 +132,13 @@ class SmallFileTests(StorageCase):
 
         def write() -> None:
             number = 0
-            # A fast storage replaces thirty times before another thread has its turn: it goes on until the reader has looked.
-            while number < 30 or len(seen) < 3:  # noqa: PLR2004 - often enough
-                storage.replace(SMALL, contents[number % 3], token=TOKEN)
-                number += 1
-            is_over.set()
+            try:
+                # A fast storage replaces thirty times before another thread has its turn: it goes on until the reader has looked.
+                while number < 30 or len(seen) < 3:  # noqa: PLR2004 - often enough
+                    storage.replace(SMALL, contents[number % 3], token=TOKEN)
+                    number += 1
+            finally:
+                is_over.set()
 
         writer = threading.Thread(target=write)
         writer.start()
@@ -144,6 +146,7 @@ class SmallFileTests(StorageCase):
             seen.append(storage.read(SMALL))
         writer.join()
 
+        assert seen
         assert set(seen) <= set(contents)
 
     def test_a_file_that_is_too_large_is_not_read(self, storage: Storage) -> None:

@@ -30,7 +30,21 @@ def data_name(snapshot_id: str = ID, number: int = 1) -> str:
 def manifest_of(*given: str, snapshot_id: str = ID) -> bytes:
     """A manifest that names these data files of 4096 bytes."""
     records = tuple(FileRecord(name, 4096, 4096, bytes(32)) for name in given)
-    return manifests.encode(Manifest(1, snapshot_id, "", "", (), 1, Metadata(), {}, (), records, ()))
+    return manifests.encode(
+        Manifest(
+            format=1,
+            id=snapshot_id,
+            created_at="",
+            writer="",
+            requires=(),
+            world_size=1,
+            metadata=Metadata(),
+            provenance={},
+            keys=(),
+            files=records,
+            entries=(),
+        )
+    )
 
 
 def put(storage: LocalStorage, name: str, size: int = 4096) -> None:

@@ -1,0 +1,101 @@
+"""Where a catalog lives: what ``EXPSTATE_CATALOG``, ``Catalog(url)`` and ``take(catalog=...)`` name, and the files beside it.
+
+Nothing is opened or made here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from expstate import settings
+from expstate.errors import InvalidArgumentError
+
+FILE_NAME = "catalog.db"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogPlace:
+    """A catalog's place.
+
+    Attributes
+    ----------
+    path : Path or None
+        The SQLite file; None for a database server.
+    url : str
+        SQLAlchemy's URL; may hold a password and is never shown.
+    shown : str
+        The path, or the URL without user info and query.
+    spool : Path
+        The file for records that could not be entered.
+    roots : Path
+        The list of folders that takes went to.
+    """
+
+    path: Path | None
+    url: str
+    shown: str
+    spool: Path
+    roots: Path
+
+    def __repr__(self) -> str:
+        return f"CatalogPlace({self.shown!r})"
+
+
+def user_folder() -> Path:
+    """The folder of this user's own catalog."""
+    import platformdirs  # noqa: PLC0415 - absent on machines that only take and restore
+
+    return Path(platformdirs.user_data_dir("expstate", appauthor=False))
+
+
+def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace | None:
+    """The place that is named, or by the setting ``catalog``, or the user's own; None if that is ``off``.
+
+    Parameters
+    ----------
+    given : str or os.PathLike, optional
+        A path or an SQLAlchemy URL of SQLite or PostgreSQL.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it names another kind of database.
+    """
+    text = os.fspath(given) if given is not None else settings.current().catalog
+    if not isinstance(text, str) or "\0" in text:
+        msg = f"a catalog is named by a path or a URL, got {given!r}"
+        raise InvalidArgumentError(msg)
+    if text.lower() == "off":
+        return None
+    if not text:
+        return _file(user_folder() / FILE_NAME)
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        return _file(Path(os.path.abspath(os.path.expanduser(text))))  # noqa: PTH100, PTH111 - a later chdir must not move it
+    kind = scheme.group()[:-3].lower()
+    if kind == "sqlite":
+        name = text[scheme.end() :]
+        if not name.startswith("/") or len(name) == 1 or "?" in name:
+            msg = f"a catalog in memory or with options is of no use, name a file: sqlite:///relative or sqlite:////absolute, got {text!r}"
+            raise InvalidArgumentError(msg)
+        return _file(Path(os.path.abspath(name[1:])))  # noqa: PTH100 - as above
+    if kind in {"postgresql", "postgresql+psycopg"}:
+        parts = urlsplit(text)
+        host = parts.hostname or ""
+        port = f":{parts.port}" if parts.port else ""
+        shown = f"postgresql+psycopg://{host}{port}{parts.path}"
+        folder = user_folder()
+        spool = folder / f"spool-{hashlib.sha256(shown.encode()).hexdigest()[:16]}.jsonl"
+        return CatalogPlace(None, "postgresql+psycopg" + text[len(scheme.group()) - 3 :], shown, spool, folder / "roots.txt")
+    msg = f"a catalog is an SQLite file or a PostgreSQL database, got {kind}://"
+    raise InvalidArgumentError(msg)
+
+
+def _file(path: Path) -> CatalogPlace:
+    return CatalogPlace(path, f"sqlite:///{path}", str(path), path.with_name(f"{path.name}.spool.jsonl"), path.with_name("roots.txt"))

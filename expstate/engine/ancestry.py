@@ -1,0 +1,49 @@
+"""Which snapshot a state came from: the last that this process took or restored with one of the same keys.
+
+Takes and restores tell it; a take asks it for the parent that its manifest names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_lock = threading.Lock()
+_last: dict[str, tuple[int, str]] = {}
+_count = itertools.count()
+
+
+def moment() -> int:
+    """A number that is greater than those of all moments before: when a take looked at its state, which is before it is committed."""
+    return next(_count)
+
+
+def note(keys: Iterable[str], snapshot_id: str, at: int | None = None) -> None:
+    """The state under these keys is, or at that moment was, that of this snapshot."""
+    found = (moment() if at is None else at, snapshot_id)
+    with _lock:
+        for key in keys:
+            _last[key] = max(found, _last.get(key, found))
+
+
+def parent_of(keys: Iterable[str]) -> str | None:
+    """The id of the last snapshot that was noted with one of these keys.
+
+    >>> note(["model"], "0" * 31 + "1"), note(["optimizer"], "0" * 31 + "2")
+    (None, None)
+    >>> parent_of(["model", "optimizer"]), parent_of(["tokenizer"])
+    ('00000000000000000000000000000002', None)
+    """
+    with _lock:
+        found = [_last[key] for key in keys if key in _last]
+    return max(found)[1] if found else None
+
+
+def forget() -> None:
+    """Begin anew, as in a new process."""
+    with _lock:
+        _last.clear()
