@@ -22,6 +22,7 @@ demo: $(STAMP) ## train on real data, be killed, resume, restore the best weight
 
 test: $(STAMP) ## run every test and the examples in the docstrings
 	@command -v strace >/dev/null || bash .ci/install-strace
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not gpu"
 	@# These break disks and processes and need the machine to themselves.
 	@if grep -rqE 'mark\.slow\b' tests; then set -x; $(BIN)/python -m pytest -m "slow and not gpu" tests; fi

@@ -18,6 +18,7 @@ from expstate._version import __version__
 from expstate.catalog.catalog import Catalog
 from expstate.catalog.model import Record
 from expstate.engine.collect import GcReport, gc
+from expstate.engine.export import ExportReport
 from expstate.engine.report import RestoreReport, VerifyReport
 from expstate.errors import ExpstateError, ExpstateWarning
 from expstate.pending import PendingSnapshot
@@ -27,6 +28,7 @@ from expstate.state.stateful import RNGState, StateDict, Stateful
 
 __all__ = [
     "Catalog",
+    "ExportReport",
     "ExpstateError",
     "ExpstateWarning",
     "GcReport",

@@ -1,14 +1,13 @@
 """``expstate ...``: the command line.
 
-Gets the arguments, hands them to the module of the verb, and returns the exit status. A verb's modules are imported when it is asked for.
+Gets the arguments, hands them to the verb that they name, and returns the exit status. A verb's modules are imported when it is asked for.
 """
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
-from expstate.bench import run as bench
+from expstate import commands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,22 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit status.
 
+    Raises
+    ------
+    SystemExit
+        With status 2 if the arguments are not understood; with 0 after ``--help``.
+
     Examples
     --------
     >>> from expstate.cli import main
     >>> main([])  # doctest: +ELLIPSIS
     usage: expstate ...
     """
-    parser = argparse.ArgumentParser(prog="expstate", description="Keep the state of PyTorch experiments.")
-    verbs = parser.add_subparsers(metavar="VERB")
-    verb = verbs.add_parser(
-        "bench", help="measure take and restore beside the machine's limits and other libraries", description=bench.DESCRIPTION
-    )
-    bench.add_arguments(verb)
-    verb.set_defaults(run=lambda arguments: bench.main(verb, arguments))
+    parser = commands.build_parser()
     arguments = parser.parse_args(argv)
-    if "run" not in arguments:
+    if arguments.verb is None:
         parser.print_help()
         return 0
-    status: int = arguments.run(arguments)
-    return status
+    return commands.run(arguments)

@@ -69,6 +69,10 @@ class SnapshotExistsError(ExpstateError, FileExistsError):
     """Another snapshot is at this path. Take to another path, or pass ``overwrite=True``."""
 
 
+class ExportExistsError(ExpstateError, FileExistsError):
+    """A file is where an export would put one, and nothing is overwritten. Export to another path, or remove it."""
+
+
 class SnapshotReplacedError(ExpstateError, RuntimeError):
     """The snapshot was replaced or deleted by someone else while it was in use. Open it anew."""
 

@@ -15,6 +15,7 @@ import threading
 import warnings
 from typing import TYPE_CHECKING
 
+from expstate.catalog import running
 from expstate.engine.crew import StoppedError
 from expstate.errors import TakeCancelledError, TakeFailedWarning, TakePendingError
 
@@ -65,6 +66,7 @@ class PendingSnapshot:
 
     def _give_up(self) -> None:
         """End what was begun and nobody has in hand: nothing may appear."""
+        running.leave(self.id)
         self._take.cancel()
         if self._thread.is_alive():
             self._done.wait()  # it removes what it has written
@@ -78,6 +80,7 @@ class PendingSnapshot:
         except BaseException as error:  # noqa: BLE001 - kept for wait()
             self._fail(error)
         finally:
+            running.leave(self.id)
             with self._lock:
                 self._done.set()
                 callbacks, self._callbacks = self._callbacks, []

@@ -75,7 +75,7 @@ class Settings:
     staging_idle_seconds: float = 60.0
     progress: bool | None = None
     progress_delay_seconds: float = 2.0
-    catalog: str = ""
+    catalog: str = dataclasses.field(default="", repr=False)  # a URL may hold a password
     catalog_timeout_seconds: float = 5.0
     project: str = ""
     provenance: str = "full"
@@ -91,6 +91,9 @@ class Settings:
                 raise InvalidSettingError(msg)
         if self.data_file_bytes < MIB:
             msg = f"setting data_file_bytes must be at least 1 MiB, got {self.data_file_bytes}"
+            raise InvalidSettingError(msg)
+        if self.project == "*":
+            msg = "setting project must name one project, got '*', which stands for all of them"
             raise InvalidSettingError(msg)
         if self.provenance not in PROVENANCE_LEVELS:
             msg = f"setting provenance must be one of {', '.join(PROVENANCE_LEVELS)}, got {self.provenance!r}"

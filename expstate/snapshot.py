@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import datetime as dt
 import html
+import os
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expstate import collector
+from expstate.catalog import opening
 from expstate.catalog.origin import CatalogOption, Origin
-from expstate.engine import ancestry, attempt, copy, describe, fetch, memory, restore, verify
+from expstate.diff.run import DiffOptions, diff_live, diff_snapshots
+from expstate.engine import ancestry, attempt, copy, describe, export, fetch, memory, restore, verify
 from expstate.engine.devices import check_device
 from expstate.engine.match import check_rename
 from expstate.engine.plan import RestoreOptions
@@ -32,11 +35,12 @@ from expstate.state.values import decode
 from expstate.storage import registry
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
+    from expstate.diff.report import SnapshotDiff
+    from expstate.engine.export import ExportReport
     from expstate.state.stateful import Stateful
     from expstate.storage.base import Storage
 
@@ -287,11 +291,78 @@ class Snapshot:
             take.gather()
             take.stage()
             _warn_of_trust(take)
+            origin.goes_on(pending, request.metadata)
             pending._begin()  # noqa: SLF001 - not for users: it is begun when they get it
         except BaseException:
             pending._give_up()  # noqa: SLF001
             raise
         return pending
+
+    @classmethod
+    def find(
+        cls,
+        ref: str | os.PathLike[str],
+        *,
+        catalog: CatalogOption = None,
+        project: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Snapshot:
+        """Open the snapshot that a ref names, from the first of the places that the catalog knows where it lies.
+
+        What is opened has the id and the manifest's digest that were recorded. A take of this process that goes on is waited for.
+
+        Parameters
+        ----------
+        ref : str or os.PathLike
+            In this order: ``latest`` or ``latest~2`` (the second before it), an alias, an exact name (the newest), the beginning of an id
+            (at least 4 digits), a path or URL. A snapshot at a path is opened though the catalog does not know it.
+        catalog : Catalog, str, os.PathLike or False, optional
+            Where to look: a catalog, its path or URL, or False for nowhere, so that only paths and URLs are found; default by the setting
+            ``catalog``, else the user's own.
+        project : str, optional
+            Another project than the current one; ``"*"`` for all.
+        storage_options : dict, optional
+            What the storage of a remote place needs to connect.
+
+        Returns
+        -------
+        Snapshot
+            The committed snapshot.
+
+        Raises
+        ------
+        RefNotFoundError
+            If no snapshot goes by the ref; the nearest are listed.
+        AmbiguousRefError
+            If it is the beginning of several ids.
+        SnapshotChangedError
+            If something else lies where it was recorded.
+        SnapshotNotFoundError
+            If it lies at none of its places; one on the disk of another host names the host.
+        UntrustedLocationError
+            If its record has a URL of a scheme that is not to be trusted.
+        CatalogError
+            If the catalog cannot be read, and the ref is no path of a snapshot.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from expstate import Catalog, Snapshot, StateDict
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> catalog = Catalog(f"{folder.name}/catalog.db")
+        >>> taken = Snapshot.take(f"{folder.name}/step-1", {"progress": StateDict(step=1)}, name="baseline", catalog=catalog)
+        >>> Snapshot.find("baseline", catalog=catalog).id == Snapshot.find(taken.id[:6], catalog=catalog).id == taken.id
+        True
+        >>> Snapshot.find("latest", catalog=catalog).read_object("progress/step")
+        1
+        >>> catalog.close()
+        >>> folder.cleanup()
+        """
+        found = opening.find(ref, catalog, project, storage_options)
+        if isinstance(found, opening.Opened):
+            return cls._opened(found.storage, found.manifest, found.data)
+        assert isinstance(found, PendingSnapshot)
+        return found.wait()
 
     @classmethod
     def _opened(cls, storage: Storage, manifest: Manifest, data: bytes) -> Snapshot:
@@ -576,6 +647,69 @@ class Snapshot:
             ancestry.note(report.keys, self.id)
         return report
 
+    # Comparing
+
+    def diff(
+        self,
+        other: Snapshot | dict[str, Stateful],
+        *,
+        content: bool = False,
+        stats: bool = False,
+        memory_budget_bytes: int | None = None,
+        progress: ProgressOption = None,
+    ) -> SnapshotDiff:
+        """Compare this snapshot with a newer one, or with live state, by digests: no tensor is read.
+
+        Parameters
+        ----------
+        other : Snapshot or dict of str to Stateful
+            The newer side: what it has and this snapshot has not is ``added``. Of an app state only its keys are compared; tensors
+            are digested where they lie.
+        content : bool, default False
+            Read tensors that are cut into other boxes than here, to see whether their content differs.
+        stats : bool, default False
+            Read the changed tensors of the same shape and measure how far they are apart; includes ``content``.
+        memory_budget_bytes : int, optional
+            Most extra host memory to use.
+        progress : None, bool or callable
+            As for ``take``.
+
+        Returns
+        -------
+        SnapshotDiff
+            What differs: true if any entry does.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``other`` is neither, or an app state without keys.
+        AppStateError, UnsupportedValueError
+            If the app state could not be taken.
+        SnapshotCorruptError
+            If bytes that were read are damaged.
+        SnapshotReplacedError
+            If a snapshot was replaced or deleted before it was read.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from expstate import Snapshot, StateDict
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> progress = StateDict(epoch=1)
+        >>> snapshot = Snapshot.take(f"{folder.name}/one", {"progress": progress}, name="one")
+        >>> progress["epoch"] = 2
+        >>> print(snapshot.diff({"progress": progress}))
+        one -> live state: 1 changed, 0 same
+          values: progress/epoch: 1 -> 2
+        >>> folder.cleanup()
+        """
+        _check_comparable(other)
+        check_option(progress)
+        options = DiffOptions(content, stats, memory.budget_bytes(memory_budget_bytes), progress)
+        if isinstance(other, Snapshot):
+            return diff_snapshots(self._source, other._source, options)  # noqa: SLF001 - this class's own
+        return diff_live(self._source, other, options)
+
     # The snapshot as a whole
 
     def verify(self, *, memory_budget_bytes: int | None = None, progress: ProgressOption = None) -> VerifyReport:
@@ -618,6 +752,7 @@ class Snapshot:
         self,
         dest: str | os.PathLike[str],
         *,
+        provenance: bool = True,
         storage_options: Mapping[str, Any] | None = None,
         memory_budget_bytes: int | None = None,
         progress: ProgressOption = None,
@@ -628,6 +763,9 @@ class Snapshot:
         ----------
         dest : str or os.PathLike
             A folder to make, or one without a snapshot in it.
+        provenance : bool, default True
+            Whether the copy says where the snapshot came from. Without, it is still the same snapshot, but its manifest is another and
+            has another digest.
 
         Returns
         -------
@@ -644,8 +782,81 @@ class Snapshot:
         check_option(progress)
         copied = Snapshot(dest, storage_options)
         source, data = self._load()
-        copy.copy(source, data, copied._storage, budget=memory.budget_bytes(memory_budget_bytes), progress=progress)
+        budget = memory.budget_bytes(memory_budget_bytes)
+        copy.copy(source, data, copied._storage, provenance=provenance, budget=budget, progress=progress)
         return copied
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        memory_budget_bytes: int | None = None,
+        progress: ProgressOption = None,
+    ) -> ExportReport:
+        """Write the tensors as plain safetensors files for other tools: nothing else, no provenance, verified on the way.
+
+        In each file tensors have the names that they have below the key (``encoder.0.weight``), as in a state dict; of tied tensors one
+        is stored, and the others are named in the metadata, as ``safetensors.torch.load_model`` wants it. What is no tensor is left out and
+        reported.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            A folder, for one file ``KEY.safetensors`` for each key that has tensors; or a name that ends in ``.safetensors``, for the
+            one key that has them.
+        include, exclude : str or sequence of str, optional
+            Globs on entry paths (``"model/*"``): only what they let through is exported.
+        storage_options : dict, optional
+            What the storage of ``path`` needs to connect.
+        memory_budget_bytes : int, optional
+            Most extra host memory to use.
+        progress : None, bool or callable
+            As for ``take``.
+
+        Returns
+        -------
+        ExportReport
+            The files, and the entries that are not in them.
+
+        Raises
+        ------
+        ExportExistsError
+            If a file is there already.
+        UnsupportedValueError
+            If a tensor is of a dtype or layout that safetensors does not have; nothing was written.
+        InvalidArgumentError
+            If there is no tensor to export, or those of several keys and one file.
+        EntryNotFoundError
+            If a glob matches nothing.
+        SnapshotCorruptError
+            If the snapshot is damaged; nothing remains at ``path``.
+
+        Examples
+        --------
+        >>> import tempfile, torch
+        >>> from expstate import Snapshot
+        >>> from safetensors.torch import load_file
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> snapshot = Snapshot.take(f"{folder.name}/step-1", {"model": torch.nn.Linear(2, 1)})
+        >>> report = snapshot.export(f"{folder.name}/model.safetensors")
+        >>> sorted(load_file(report.files[0]))
+        ['bias', 'weight']
+        >>> folder.cleanup()
+        """
+        check_option(progress)
+        folder, name = _split_file(path)
+        return export.export(
+            self._source,
+            registry.open_storage(folder, storage_options),
+            name,
+            include=None if include is None else globs(include, "include"),
+            exclude=() if exclude is None else globs(exclude, "exclude"),
+            budget=memory.budget_bytes(memory_budget_bytes),
+            progress=progress,
+        )
 
     # For people
 
@@ -671,6 +882,30 @@ def _read_source(storage: Storage) -> tuple[SnapshotSource, bytes]:
         manifest, data = attempt.read_manifest(storage)
         validate(manifest)
         return SnapshotSource(storage, manifest, data), data
+
+
+def _split_file(path: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """The folder and the file that a path ending in ``.safetensors`` names; any other is a folder."""
+    _, rest = registry.parse(path)
+    text = os.fspath(path)
+    if not rest.endswith(".safetensors"):
+        return text, None
+    folder, slash, name = rest.rpartition("/")
+    return text.removesuffix(rest) + (folder or slash or "."), name
+
+
+def _check_comparable(other: object) -> None:
+    """Refuse what a snapshot cannot be compared with."""
+    if isinstance(other, Snapshot):
+        return
+    if not isinstance(other, dict):
+        hint = "; open it by Snapshot(...)" if isinstance(other, (str, os.PathLike)) else ""
+        msg = f"a snapshot is compared with another Snapshot or with an app state, got {type(other).__name__}{hint}"
+        raise InvalidArgumentError(msg)
+    check_app_state(other)
+    if not other:
+        msg = "the app state has no keys, so nothing would be compared"
+        raise InvalidArgumentError(msg)
 
 
 def _time(text: str) -> dt.datetime:

@@ -2,18 +2,20 @@
 
 Run ``make demo``, or ``python notebooks/demo.py``. A small network learns scikit-learn's handwritten digits, with a snapshot after each
 epoch. One process trains without a break. Another is killed by SIGKILL half way; a third resumes from its last snapshot and must end with
-the same bits. At last the best weights, not the last ones, are restored into a fresh model.
+the same bits. At last the catalog tells the best weights, which are restored into a fresh model, and the command line what it remembers.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import expstate
-from expstate import RNGState, Snapshot, StateDict
+from expstate import Catalog, RNGState, Snapshot, StateDict
 from expstate.errors import SnapshotNotFoundError
 
 EPOCHS = 12
@@ -29,6 +31,9 @@ KILLED_AT = 7
 BATCH = 64
 FOLDER = Path("demo-run")
 MARK = FOLDER / "made-by-expstate-demo"
+
+# A catalog of its own, here and in the processes that this one starts: yours is left alone.
+os.environ.update(EXPSTATE_CATALOG=str(FOLDER / "catalog.db"), EXPSTATE_PROJECT="digits")
 
 
 # The training script: this much of expstate is in it.
@@ -75,6 +80,7 @@ def train(folder: Path, *, killed_at: int | None = None) -> None:
             folder / f"epoch-{epoch:02}",
             training.app_state,
             name=f"epoch-{epoch:02}",
+            tags=[folder.name],
             step=epoch,
             params={"lr": 3e-3, "batch": BATCH},
             metrics={"loss": loss, "accuracy": accuracy},
@@ -146,9 +152,14 @@ def die(_: expstate.ProgressUpdate) -> None:
 
 # The show.
 
+LOOK_BACK = (
+    'expstate list "tag = broken and accuracy > 0.9" --sort accuracy:desc --limit 5',
+    'expstate diff epoch-01 best --stats --only "model/*" --only "progress/*"',
+)
 
-def main() -> int:
-    """Train, be killed, resume, compare, restore the best."""
+
+def main() -> None:
+    """Train, be killed, resume, compare, restore the best, look back."""
     make_folder()
     straight, broken = FOLDER / "straight", FOLDER / "broken"
 
@@ -158,7 +169,7 @@ def main() -> int:
     heading(2, "the same again, killed by SIGKILL in the middle of a take")
     status = run("train", broken, str(KILLED_AT))
     if status != -signal.SIGKILL:
-        return fail(f"the process was to be killed, and ended with status {status}")
+        fail(f"the process was to be killed, and ended with status {status}")
     left = sorted(path.name for path in (broken / f"epoch-{KILLED_AT:02}").iterdir())
     whole = committed_snapshots(broken)
     print(f"  left behind by the dead take: {len(left)} files and no snapshot")
@@ -168,34 +179,48 @@ def main() -> int:
 
     heading(3, "resume in a new process")
     if run("train", broken) != 0:
-        return fail("the resumed run failed")
+        fail("the resumed run failed")
 
     heading(4, "compare the two runs, bit for bit")
     one, other = committed_snapshots(straight), committed_snapshots(broken)
     if len(one) != EPOCHS or len(other) != EPOCHS:
-        return fail(f"{len(one)} and {len(other)} snapshots instead of {EPOCHS}")
+        fail(f"{len(one)} and {len(other)} snapshots instead of {EPOCHS}")
     for key in one[-1].keys():
         same = is_same(one[-1].get_state_dict_for_key(key), other[-1].get_state_dict_for_key(key))
         print(f"  {key:<10}{'the same' if same else 'DIFFERENT'}")
         if not same:
-            return fail(f"the resumed run did not end with the same {key}")
+            fail(f"the resumed run did not end with the same {key}")
 
     heading(5, "restore the best weights into a fresh model")
-    best = max(other, key=lambda snapshot: (snapshot.metadata.metrics["accuracy"], -snapshot.metadata.metrics["loss"]))
+    catalog = Catalog()
+    best = catalog.search("tag = broken", sort="accuracy:desc", limit=1)[0]
+    catalog.alias(best.id, "best")
     model = Training().model
-    best.restore({"model": model})
+    Snapshot.find("best").restore({"model": model})
     accuracy = measure(model, *digits()[2:])
-    print(f"  {best.metadata.name}: accuracy {best.metadata.metrics['accuracy']:.2%} when it was taken, {accuracy:.2%} now")
-    if accuracy != best.metadata.metrics["accuracy"]:
-        return fail("the restored weights are not those that were taken")
+    print(f"  {best.name}: accuracy {best.metrics['accuracy']:.2%} when it was taken, {accuracy:.2%} now")
+    if accuracy != best.metrics["accuracy"]:
+        fail("the restored weights are not those that were taken")
+
+    heading(6, "look back from the command line")
+    if any(show(command) for command in LOOK_BACK):
+        fail("the command line failed")
 
     print(f"\nThe snapshots are in {FOLDER}/: folders of safetensors files and a snapshot.json each.")
-    return 0
 
 
 def run(command: str, *arguments: str | Path) -> int:
     """Run a command of this script in a process of its own; gives its exit status."""
     return subprocess.run([sys.executable, __file__, command, *arguments], check=False).returncode  # noqa: S603 - our own script
+
+
+def show(command: str) -> int:
+    """Show a command and what it prints; gives its exit status."""
+    print(f"\n  $ {command}", flush=True)
+    words = [sys.executable, "-m", *shlex.split(command)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    print("".join(f"  {line}".rstrip() + "\n" for line in (done.stdout + done.stderr).splitlines()), end="", flush=True)
+    return done.returncode
 
 
 def is_same(one: object, other: object) -> bool:
@@ -230,14 +255,13 @@ def heading(number: int, text: str) -> None:
     print(f"\n{number}. {text}", flush=True)
 
 
-def fail(reason: str) -> int:
-    """Say what is wrong; the demo ends with this status."""
-    print(f"\nthe demo failed: {reason}", file=sys.stderr)
-    return 1
+def fail(reason: str) -> NoReturn:
+    """Say what is wrong, and end."""
+    sys.exit(f"\nthe demo failed: {reason}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
         train(Path(sys.argv[2]), killed_at=int(sys.argv[3]) if sys.argv[3:] else None)
     else:
-        sys.exit(main())
+        main()

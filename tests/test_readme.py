@@ -15,6 +15,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EXPSTATE_CATALOG", str(tmp_path / "catalog.db"))
     text = README.read_text()
     namespace: dict[str, object] = {"__name__": "readme"}
     blocks = list(BLOCK.finditer(text))

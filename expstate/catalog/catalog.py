@@ -233,7 +233,7 @@ class Catalog:
 
     # Keeping
 
-    def delete(self, ref: str, *, force: bool = False, project: str | None = None, any_user: bool = False) -> Record:
+    def delete(self, ref: str, *, force: bool = False, project: str | None = None, any_user: bool = False, dry_run: bool = False) -> Record:
         """Delete a snapshot everywhere that this catalog knows it, and its record.
 
         Parameters
@@ -246,6 +246,8 @@ class Catalog:
             The project, if it is not the current one.
         any_user : bool, default False
             Delete it though someone else took it.
+        dry_run : bool, default False
+            Only see whether it may be deleted.
 
         Returns
         -------
@@ -259,7 +261,7 @@ class Catalog:
         """
         from expstate.catalog import keep  # noqa: PLC0415
 
-        return keep.delete(self, ref, force=force, project=project, any_user=any_user)
+        return keep.delete(self, ref, force=force, project=project, any_user=any_user, dry_run=dry_run)
 
     def prune(
         self,

@@ -5,20 +5,26 @@ Nothing here imports SQLAlchemy before a record is entered.
 
 from __future__ import annotations
 
-import os
+import warnings
 from typing import TYPE_CHECKING, Any, Union
 
-from expstate.catalog import model
-from expstate.catalog.provenance import Gathering
+import msgspec
+
+from expstate.catalog import model, running
+from expstate.catalog.provenance import Gathering, current_user, redact
 from expstate.catalog.recorder import recorder
 from expstate.engine.request import globs
+from expstate.errors import InvalidMetadataError, ProvenanceWarning
 from expstate.format import manifest as manifests
+from expstate.state.paths import printable
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
 
     from expstate.catalog.catalog import Catalog
-    from expstate.format.manifest import Manifest
+    from expstate.catalog.running import Pending
+    from expstate.format.manifest import Manifest, Metadata
 
 CatalogOption = Union["Catalog", str, "os.PathLike[str]", bool, None]
 """What ``catalog=`` of a take may be; of the booleans only False."""
@@ -38,8 +44,13 @@ class Origin:
 
     Raises
     ------
-    InvalidArgumentError
+    InvalidArgumentError, InvalidMetadataError
         If one of them is not what it should be.
+
+    Warns
+    -----
+    ProvenanceWarning
+        If something was replaced.
     """
 
     def __init__(
@@ -47,8 +58,7 @@ class Origin:
     ) -> None:
         self._recorder = recorder(catalog)
         self._gathering = Gathering({} if replicated is None else {"replicated": list(globs(replicated, "replicated"))})
-        self.note = note
-        self.params = params
+        self.note, self.params = _without_secrets(note, params)
 
     def gather(self) -> None:
         """Begin to look around, in the background."""
@@ -60,7 +70,40 @@ class Origin:
         """What was found; waits for it if need be."""
         return self._gathering.result()
 
+    def goes_on(self, pending: Pending, metadata: Metadata) -> None:
+        """Let refs of this process find a take that goes on in the background, until it ends."""
+        if self._recorder is not None:
+            running.enter(pending, metadata, self._recorder.place, self._gathering.project)
+
     def record(self, url: str, manifest: Manifest, data: bytes) -> None:
         """Tell the catalog of the committed snapshot; never raises."""
         if self._recorder is not None:
-            self._recorder.record(model.describe(manifest, manifests.digest_of(data), url))
+            found = model.describe(manifest, manifests.digest_of(data), redact.url(url))
+            # The manifest may not say whose it is; the catalog has to know, to find it and to let others' records alone.
+            project, user = found.project or self._gathering.project(), found.user or current_user()
+            self._recorder.record(msgspec.structs.replace(found, project=project, user=user))
+
+
+def _without_secrets(note: str | None, params: Mapping[str, Any] | None) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Note and params as they may be recorded; what is no text or dict is left to those who check it."""
+    replaced: list[str] = []
+    if isinstance(note, str):
+        shown = redact.text(note)
+        if shown != note:
+            note = shown
+            replaced.append("the note")
+    if params is not None and hasattr(params, "items"):
+        try:
+            params, names = redact.params(params)
+        except RecursionError:
+            msg = "a param cannot be recorded: it is nested too deeply, or holds itself"
+            raise InvalidMetadataError(msg) from None
+        replaced += [f"param {printable(name)!r}" for name in names]
+    if replaced:
+        warnings.warn(
+            f"{', '.join(replaced)}: looks like a secret, or holds a URL with one; only a hash, or the URL without user info and query, "
+            "was recorded",
+            ProvenanceWarning,
+            stacklevel=4,
+        )
+    return note, params

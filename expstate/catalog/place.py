@@ -10,13 +10,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from expstate import settings
-from expstate.errors import InvalidArgumentError
+from expstate.errors import CatalogUnavailableError, InvalidArgumentError
 
 FILE_NAME = "catalog.db"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SERVER = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9._-]*)(?::[0-9]*)?(?:/[^/]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,24 @@ class CatalogPlace:
 
 
 def user_folder() -> Path:
-    """The folder of this user's own catalog."""
-    import platformdirs  # noqa: PLC0415 - absent on machines that only take and restore
+    """The folder of this user's own catalog.
 
-    return Path(platformdirs.user_data_dir("expstate", appauthor=False))
+    Raises
+    ------
+    CatalogUnavailableError
+        If the user has no home.
+    """
+    try:
+        import platformdirs  # noqa: PLC0415 - absent on machines that only take and restore
+    except ImportError:
+        data = os.environ.get("XDG_DATA_HOME", "").strip() or "~/.local/share"  # what it says on Linux
+        found = Path(os.path.expanduser(data)) / "expstate"  # noqa: PTH111 - Path's raises where there is no home
+    else:
+        found = Path(platformdirs.user_data_dir("expstate", appauthor=False))
+    if not found.is_absolute():
+        msg = "the user has no home folder for a catalog; name one by EXPSTATE_CATALOG, or switch it off by EXPSTATE_CATALOG=off"
+        raise CatalogUnavailableError(msg)
+    return found
 
 
 def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace | None:
@@ -66,10 +80,13 @@ def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace |
     ------
     InvalidArgumentError
         If it names another kind of database.
+    CatalogUnavailableError
+        If it is the user's own and the user has no home.
     """
     text = os.fspath(given) if given is not None else settings.current().catalog
     if not isinstance(text, str) or "\0" in text:
-        msg = f"a catalog is named by a path or a URL, got {given!r}"
+        found = "one with a NUL" if isinstance(text, str) else type(text).__name__  # not shown: a URL may hold a password
+        msg = f"a catalog is named by a path or a URL, got {found}"
         raise InvalidArgumentError(msg)
     if text.lower() == "off":
         return None
@@ -82,14 +99,16 @@ def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace |
     if kind == "sqlite":
         name = text[scheme.end() :]
         if not name.startswith("/") or len(name) == 1 or "?" in name:
-            msg = f"a catalog in memory or with options is of no use, name a file: sqlite:///relative or sqlite:////absolute, got {text!r}"
+            msg = "a catalog in memory, on a host or with options is of no use, name a file: sqlite:///relative or sqlite:////absolute"
             raise InvalidArgumentError(msg)
         return _file(Path(os.path.abspath(name[1:])))  # noqa: PTH100 - as above
     if kind in {"postgresql", "postgresql+psycopg"}:
-        parts = urlsplit(text)
-        host = parts.hostname or ""
-        port = f":{parts.port}" if parts.port else ""
-        shown = f"postgresql+psycopg://{host}{port}{parts.path}"
+        # All before the last @ is nobody's business, whatever a password is made of.
+        where = _SERVER.fullmatch(text[scheme.end() :].rpartition("@")[2].partition("?")[0])
+        if where is None:
+            msg = "the URL of a catalog is postgresql+psycopg://user:password@host:port/database, and the one given cannot be read"
+            raise InvalidArgumentError(msg)
+        shown = f"postgresql+psycopg://{where.group()}"
         folder = user_folder()
         spool = folder / f"spool-{hashlib.sha256(shown.encode()).hexdigest()[:16]}.jsonl"
         return CatalogPlace(None, "postgresql+psycopg" + text[len(scheme.group()) - 3 :], shown, spool, folder / "roots.txt")

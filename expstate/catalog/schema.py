@@ -1,7 +1,7 @@
 """The tables of the catalog, for SQLite and PostgreSQL. The migrations make them; ``rows`` fills and reads them.
 
-A record's body is one text and is never changed; what is searched for stands beside it in columns and in small tables, which are made
-from body and annotations whenever a record is entered or annotated.
+A record's body is one text and is never changed; what is searched for stands apart from it in columns and in small tables, which are
+made from body and annotations whenever a record is entered or annotated.
 """
 
 from __future__ import annotations
@@ -50,12 +50,18 @@ records = Table(
     Column("git_commit", Text),
     Column("git_branch", Text),
     Column("environment", String(64)),
-    Column("body", Text, nullable=False),  # model.Body as JSON
-    Column("annotations", Text),  # format.annotations.Annotations as JSON
     Index(None, "project", "ordered_at"),
     Index(None, "project", "name"),
     Index(None, "ordered_at"),
     sqlite_autoincrement=True,
+)
+
+bodies = Table(  # apart from the records, so that a search that looks at all of them reads little
+    "bodies",
+    metadata,
+    _record(primary_key=True),
+    Column("body", Text, nullable=False),  # model.Body as JSON
+    Column("annotations", Text),  # format.annotations.Annotations as JSON
 )
 
 locations = Table(
@@ -87,6 +93,7 @@ tags = Table(
     _record(primary_key=True),
     Column("tag", Text, primary_key=True),
     Index(None, "tag", "record"),
+    sqlite_with_rowid=False,  # all of a record's lie together
 )
 
 names = Table(  # of metrics and params, once per project
@@ -105,7 +112,9 @@ metrics = Table(
     _record(primary_key=True),
     Column("name", _Number, ForeignKey("names.id"), primary_key=True),
     Column("number", Float),  # null for NaN
+    Column("exact", Text),  # what the number does not tell: hexadecimal digits of an int that no float holds, or nan
     Index(None, "name", "number", "record"),
+    sqlite_with_rowid=False,
 )
 
 params = Table(
@@ -115,7 +124,9 @@ params = Table(
     Column("name", _Number, ForeignKey("names.id"), primary_key=True),
     Column("number", Float),  # null for what is no number
     Column("text", Text),  # null for what is no text; true and false are texts
+    Column("exact", Text),  # as of metrics; none for None
     Index(None, "name", "number", "record"),
+    sqlite_with_rowid=False,
 )
 
 environments = Table(

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from expstate.engine import annotate
 from expstate.engine.lease import decode_lease, encode_lease, is_dead
 from expstate.errors import (
     ExpstateError,
@@ -81,6 +82,7 @@ class Attempt:
         self._renewed = 0.0
         self._renewing = threading.Lock()
         self._replaces: bytes | None = None
+        self._force = False
         self.lease_files: tuple[str, ...] = ()
         self.id = snapshot_id
         self.token = names.attempt_of(snapshot_id)
@@ -100,11 +102,14 @@ class Attempt:
         ------
         SnapshotExistsError
             If a snapshot is there and is not to be overwritten, or the same snapshot is being copied there.
+        SnapshotPinnedError
+            If it is to be overwritten without ``force``, and is pinned or has an alias.
         """
+        self._force = force
         for _ in range(_MOST_TRIES):
             try:
                 self._made_folder |= self._storage.prepare()
-                self._check_free(overwrite=overwrite, force=force)
+                self._check_free(overwrite=overwrite)
                 # The files of a snapshot that will be replaced do not carry this attempt's id: the lease names them for gc.
                 self.hold(_files_of(self._replaces))
             except FileNotFoundError:
@@ -116,7 +121,7 @@ class Attempt:
         msg = f"the folder {self._storage.url!r} disappears as often as it is made"
         raise StorageError(msg)
 
-    def _check_free(self, *, overwrite: bool, force: bool) -> None:
+    def _check_free(self, *, overwrite: bool) -> None:
         try:
             self._replaces = self._storage.read(names.MANIFEST, limit=manifests.MAX_BYTES)
         except FileNotFoundError:
@@ -124,6 +129,12 @@ class Attempt:
         if self._replaces is not None and not overwrite and not manifests.is_torn(self._replaces):
             msg = f"a snapshot is already at {self._storage.url!r}; take to another path, or pass overwrite=True"
             raise SnapshotExistsError(msg)
+        self._check_removable()
+
+    def _check_removable(self) -> None:
+        """See that nothing protects the snapshot that will be replaced."""
+        if self._replaces is not None and not self._force and not manifests.is_torn(self._replaces):
+            annotate.check_removable(self._storage, annotate.id_in(self._replaces))
 
     def hold(self, files: Iterable[str] = ()) -> None:
         """Create the lease; ``files`` are named in it that do not carry the attempt's id."""
@@ -195,6 +206,8 @@ class Attempt:
             If a file or the lease is not as it was left.
         SnapshotExistsError
             If someone else committed here first.
+        SnapshotPinnedError
+            If what is to be overwritten was pinned or given an alias meanwhile.
         """
         try:
             self._storage.flush()
@@ -212,6 +225,7 @@ class Attempt:
             self._storage.stat(self._lease_name)
         except FileNotFoundError:
             raise self._lost_lease() from None
+        self._check_removable()
         try:
             if self._replaces is None:
                 self._storage.create(names.MANIFEST, data, token=self.token)
@@ -232,6 +246,8 @@ class Attempt:
                 for name in self.lease_files:
                     if name not in kept:
                         self._storage.delete(name)
+            if self._replaces is not None:
+                annotate.remove_others(self._storage, self.id)
             self._storage.delete(self._lease_name)
             self._storage.flush()
 
@@ -307,23 +323,34 @@ def read_manifest(storage: Storage) -> tuple[Manifest, bytes]:
         raise type(error)(msg) from error
 
 
-def delete(storage: Storage, *, force: bool = False) -> None:
+def delete(storage: Storage, *, force: bool = False, expected: tuple[str, str] | None = None) -> None:
     """Remove a snapshot: its manifest first, so that it is gone at once, then its files. ``gc`` finishes what a crash leaves.
+
+    With ``expected``, an id and a manifest's digest, only the snapshot that has them.
 
     Raises
     ------
     SnapshotNotFoundError
         If there is none.
+    SnapshotPinnedError
+        If it is pinned or has an alias; ``force`` deletes it all the same.
     SnapshotReplacedError
-        If it is replaced while it is being deleted.
+        If it is replaced while it is being deleted, or is not the expected one.
     """
     manifest, data = read_manifest(storage)
+    if expected not in {None, (manifest.id, manifests.digest_of(data))}:
+        msg = f"another snapshot lies at {storage.url!r} now"
+        raise SnapshotReplacedError(msg)
     files = [record.name for record in manifest.files]
     for name in files:
         names.check_file_name(name)
+    if not force:
+        annotate.check_removable(storage, manifest.id)
     attempt = Attempt(storage, manifest.id, "delete")
     try:
         attempt.hold(files)
+        if not force:  # it may have been pinned since
+            annotate.check_removable(storage, manifest.id)
         storage.delete(names.MANIFEST, expected=data)
     except SnapshotExistsError:
         raise
@@ -337,18 +364,19 @@ def delete(storage: Storage, *, force: bool = False) -> None:
             if read_committed(storage) is not None:
                 attempt.release()
         raise
-    remains = (*attempt.lease_files, names.ANNOTATIONS, names.lease_name(attempt.token))
     try:
         storage.flush()
-        _delete_all(storage, remains)
+        _delete_all(storage, attempt)
     except BaseException:
         # There is no snapshot any more, so what was interrupted is carried on.
         with contextlib.suppress(ExpstateError, OSError):
-            _delete_all(storage, remains)
+            _delete_all(storage, attempt)
         raise
 
 
-def _delete_all(storage: Storage, files: Iterable[str]) -> None:
-    for name in files:
+def _delete_all(storage: Storage, attempt: Attempt) -> None:
+    for name in (*attempt.lease_files, *annotate.temporary_files(storage, attempt.id)):
         storage.delete(name)
+    annotate.remove_others(storage, annotate.committed_id(storage))
+    storage.delete(names.lease_name(attempt.token))
     storage.remove_folder()

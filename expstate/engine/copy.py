@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from expstate import settings
-from expstate.engine import crew, memory
+from expstate.engine import annotate, crew, memory
 from expstate.engine.attempt import Attempt
 from expstate.engine.digest import block_digests
 from expstate.engine.verify import check_headers
 from expstate.engine.windows import WriteWindow, write_windows
-from expstate.errors import SnapshotCorruptError, SnapshotExistsError, SnapshotWriteError
+from expstate.errors import SnapshotCorruptError, SnapshotExistsError, SnapshotWriteError, UnsupportedFormatError
+from expstate.format import annotations as added
+from expstate.format import manifest as manifests
 from expstate.format import names
 from expstate.format.layout import DataFile, PlacedBox
-from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, MAX_BYTES, ObjectEntry, TensorEntry
+from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, ObjectEntry, TensorEntry
 from expstate.progress import Progress, ProgressOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from expstate.engine.source import SnapshotSource
+    from expstate.format.annotations import Annotations
     from expstate.storage.base import FileReader, FileWriter, Storage
 
 _FILLING = -1
@@ -93,16 +98,18 @@ class _Copy:
                     raise SnapshotWriteError(msg)
 
 
-def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, progress: ProgressOption) -> None:
+def copy(source: SnapshotSource, data: bytes, target: Storage, *, provenance: bool, budget: int, progress: ProgressOption) -> None:
     """Copy a snapshot to another folder, which is then the same snapshot with the same id; as ``Snapshot.copy`` documents it."""
     manifest = source.manifest
+    if not provenance:
+        data = manifests.encode(msgspec.structs.replace(manifest, provenance={}))
     attempt = Attempt(target, manifest.id, "copy")
     staging = memory.Staging(budget, settings.current().thread_count)
     bar = Progress("copy", sum(record.size for record in manifest.files), progress)
     work = _Copy(target, staging, attempt, bar)
     try:
         attempt.begin(overwrite=False)
-        annotations = _annotations(source.storage)
+        annotations = _annotations(source.storage, manifest.id)
         with source.opened() as opened:
             check_headers(opened)
             files, digests, entry_paths = _files(opened)
@@ -111,9 +118,12 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
                 assert reader is not None
                 work.copy_file(number, reader, file, digests, entry_paths)
         attempt.commit(data, {record.name: record.size for record in manifest.files})
-        if annotations is not None:
+        annotate.remove_others(target, manifest.id)
+        if isinstance(annotations, bytes):
             with contextlib.suppress(FileExistsError):
                 target.create(names.ANNOTATIONS, annotations, token=attempt.token)
+        elif annotations is not None:
+            annotate.update(target, annotations)
         attempt.finish()
     except BaseException:
         attempt.abort(work.created)
@@ -123,11 +133,12 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, budget: int, p
         staging.close()
 
 
-def _annotations(storage: Storage) -> bytes | None:
+def _annotations(storage: Storage, snapshot_id: str) -> Annotations | bytes | None:
+    """What was added to the snapshot, which goes along: it is the same snapshot. What cannot be understood, as it is."""
     try:
-        return storage.read(names.ANNOTATIONS, limit=MAX_BYTES)
-    except FileNotFoundError:
-        return None
+        return annotate.read(storage, snapshot_id)
+    except (SnapshotCorruptError, UnsupportedFormatError):
+        return storage.read(names.ANNOTATIONS, limit=added.MAX_BYTES)
 
 
 def _files(source: SnapshotSource) -> tuple[list[DataFile], list[bytes], list[str]]:

@@ -273,18 +273,25 @@ class PieceReader:
                 event.synchronize()
 
     def _check(self, read: Read, start: int, view: memoryview, file: FileReader) -> None:
-        block = start // BLOCK_BYTES * DIGEST_BYTES
-        expected = read.digests[block : block + DIGEST_BYTES]
-        if blake3(view).digest() == expected:
+        damage = check_block(read, start, view, file)
+        if damage is None:
             return
-        # Once more: what went wrong on the way may go right now; what is wrong on the storage stays wrong.
-        file.read_into(read.offset + start, view)
-        if blake3(view).digest() == expected:
-            return
-        damage = Damage(read.path, file.name, read.offset + start, len(view), "its bytes are not those that were taken")
         if self._on_damage is None:
             raise SnapshotCorruptError(str(damage))
         self._on_damage(damage)
+
+
+def check_block(read: Read, start: int, view: memoryview, file: FileReader) -> Damage | None:
+    """Compare a block that was read into ``view``, byte ``start`` of a read on, with its digest; what is wrong with it, if anything is."""
+    block = start // BLOCK_BYTES * DIGEST_BYTES
+    expected = read.digests[block : block + DIGEST_BYTES]
+    if blake3(view).digest() == expected:
+        return None
+    # Once more: what went wrong on the way may go right now; what is wrong on the storage stays wrong.
+    file.read_into(read.offset + start, view)
+    if blake3(view).digest() == expected:
+        return None
+    return Damage(read.path, file.name, read.offset + start, len(view), "its bytes are not those that were taken")
 
 
 def _put(read: Read, target: Target, buffer: Buffer, at: int) -> None:

@@ -166,16 +166,16 @@ class SnapshotSource:
             yield Read(entry.path, box.file, box.offset, nbytes, box.digest, goal, 0, nbytes, 0)
             return
         if tensor is not None and isinstance(entry, TensorEntry) and entry.boxes[0].starts is not None:
-            tensor = _shaped(entry, tensor, entry.shape)
+            tensor = shaped(entry, tensor, entry.shape)
         for box, nbytes in self.box_sizes(entry):
             goal = None
             if tensor is not None:
-                goal = target(tensor if box.starts is None else _region(tensor, box.starts, box.sizes or ()), dtype)
-            yield from self._box_reads(entry.path, box, nbytes, 0, nbytes, goal)
+                goal = target(tensor if box.starts is None else region(tensor, box.starts, box.sizes or ()), dtype)
+            yield from self.box_reads(entry.path, box, nbytes, 0, nbytes, goal)
 
     def row_reads(self, entry: TensorEntry, rows: range, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Iterator[Read]:
         """The reads that fill ``tensor`` with some rows of the entry: only the blocks that hold them."""
-        tensor = _shaped(entry, tensor, (len(rows), *entry.shape[1:]))
+        tensor = shaped(entry, tensor, (len(rows), *entry.shape[1:]))
         for box in entry.boxes:
             starts = box.starts or (0,) * len(entry.shape)
             sizes = box.sizes or entry.shape
@@ -183,11 +183,11 @@ class SnapshotSource:
             if first >= last:
                 continue
             row_bytes = math.prod(sizes[1:]) * entry.itemsize
-            part = _region(tensor, (first - rows.start, *starts[1:]), (last - first, *sizes[1:]))
+            part = region(tensor, (first - rows.start, *starts[1:]), (last - first, *sizes[1:]))
             begin, end = (first - starts[0]) * row_bytes, (last - starts[0]) * row_bytes
-            yield from self._box_reads(entry.path, box, sizes[0] * row_bytes, begin, end, target(part, dtype))
+            yield from self.box_reads(entry.path, box, sizes[0] * row_bytes, begin, end, target(part, dtype))
 
-    def _box_reads(self, path: str, box: Box, nbytes: int, start: int, stop: int, goal: Target | None) -> Iterator[Read]:
+    def box_reads(self, path: str, box: Box, nbytes: int, start: int, stop: int, goal: Target | None) -> Iterator[Read]:
         """The read of bytes ``start`` to ``stop`` of a box, widened to whole blocks."""
         if start >= stop:
             return
@@ -201,12 +201,13 @@ class SnapshotSource:
         yield Read(path, box.file, box.offset + first, last - first, digests, goal, start - first, stop - first, 0)
 
 
-def _shaped(entry: TensorEntry, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def shaped(entry: TensorEntry, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor with the entry's dimensions: arrays come as flat bytes, whose items become one more dimension."""
     return tensor.view(*shape, entry.itemsize) if entry.kind == "numpy" and tensor.numel() else tensor
 
 
-def _region(tensor: torch.Tensor, starts: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+def region(tensor: torch.Tensor, starts: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    """The part of a tensor that begins at ``starts`` and has ``sizes``."""
     for dimension, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         tensor = tensor.narrow(dimension, start, size)
     return tensor

@@ -6,34 +6,40 @@ So the order in which versions meet does not matter, and a lost race is mended b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from expstate.errors import SnapshotCorruptError, UnsupportedFormatError
+from expstate.errors import ManifestError, SnapshotCorruptError, UnknownClassError, UnsupportedFormatError
+from expstate.format import names
+from expstate.state import values
 
 FORMAT = 1
 MAX_BYTES = 64 * 1024**2
+LAST = 2**63 - 1
+"""The latest time there is: what a database's number holds."""
+
+Time = Annotated[int, msgspec.Meta(ge=0, le=LAST)]
 
 
 class Mark(msgspec.Struct, array_like=True, frozen=True, order=True):
     """Whether a tag, alias or pin is there, since when."""
 
-    at: int
+    at: Time
     present: bool
 
 
 class Text(msgspec.Struct, array_like=True, frozen=True, order=True):
     """A note, since when; empty when it was taken away."""
 
-    at: int
+    at: Time
     text: str
 
 
 class Value(msgspec.Struct, array_like=True, frozen=True):
     """A metric in the form of ``state.values``, since when."""
 
-    at: int
+    at: Time
     value: Any
 
 
@@ -64,8 +70,17 @@ def empty(snapshot_id: str) -> Annotations:
     return Annotations(format=FORMAT, id=snapshot_id)
 
 
+def after(now: int, *items: Mark | Text | Value | None) -> int:
+    """The time of an edit made now: later than what it replaces, whatever the clock said then.
+
+    >>> after(5, Mark(3, True), None), after(5, Mark(7, True))
+    (5, 8)
+    """
+    return min(LAST, max(now, *(item.at + 1 for item in items if item is not None), 0))
+
+
 def merge(one: Annotations, other: Annotations) -> Annotations:
-    """Both versions in one; of each item the newer.
+    """Both versions in one; of each item the newer. They are of the same snapshot.
 
     >>> a = Annotations(format=1, id="0" * 32, pin=Mark(1, True))
     >>> b = Annotations(format=1, id="0" * 32, pin=Mark(2, False))
@@ -97,25 +112,58 @@ def _order(item: Any) -> tuple[int, bytes]:
 
 def encode(annotations: Annotations) -> bytes:
     """The bytes of ``annotations.json``."""
-    return msgspec.json.format(msgspec.json.encode(annotations), indent=1) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(annotations, order="deterministic"), indent=1) + b"\n"
+
+
+class _Head(msgspec.Struct):
+    format: int
+
+
+_head = msgspec.json.Decoder(_Head).decode
+_decode = msgspec.json.Decoder(Annotations).decode
 
 
 def decode(data: bytes) -> Annotations:
-    """The annotations in these bytes.
+    """The annotations in these bytes, which anybody may have written.
 
     Raises
     ------
     SnapshotCorruptError
-        If they are none.
+        If they are none, or hold what no edit writes.
     UnsupportedFormatError
         If they are of a newer format.
     """
     try:
-        found = msgspec.json.decode(data, type=Annotations)
+        written = _head(data).format
+        found = _decode(data) if written <= FORMAT else None
+        problem = None if found is None else _problem(found)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        msg = f"annotations.json is damaged: {error}; remove it to go on without what was added to the snapshot"
-        raise SnapshotCorruptError(msg) from error
-    if found.format > FORMAT:
-        msg = f"annotations.json has format {found.format}, and this version reads up to {FORMAT}; upgrade expstate"
+        raise _damaged(str(error)) from error
+    if found is None:
+        msg = f"annotations.json has format {written}, and this version reads up to {FORMAT}; upgrade expstate"
         raise UnsupportedFormatError(msg)
+    if problem:
+        raise _damaged(problem)
     return found
+
+
+def _damaged(problem: str) -> SnapshotCorruptError:
+    return SnapshotCorruptError(f"annotations.json is damaged: {problem}; remove it to go on without what was added to the snapshot")
+
+
+def _problem(found: Annotations) -> str | None:
+    """What is in them that no edit writes."""
+    if not names.is_id(found.id):
+        return "it has no snapshot's id"
+    for what, labels in (("tag", found.tags), ("alias", found.aliases)):
+        for label in labels:
+            if names.check_label(label, what) != label:
+                return f"{what} {label[:80]!r} is not in normal form"
+    for name, metric in found.metrics.items():
+        try:
+            value = values.decode(metric.value)
+        except (ManifestError, UnknownClassError):
+            value = None
+        if not name or not isinstance(value, (int, float)) or isinstance(value, bool):
+            return f"metric {name[:80]!r} is no number"
+    return None

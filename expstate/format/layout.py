@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4096
 MAX_HEADER_BYTES = 50_000_000
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_DTYPES = {
     "bool": "BOOL",
     "uint8": "U8",
     "uint16": "U16",
@@ -42,6 +42,7 @@ _SAFETENSORS_NAMES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+"""What safetensors calls the dtypes that it has and that its readers bring back, by torch's name."""
 
 
 BYTES = "bytes"
@@ -224,7 +225,7 @@ def _header(
             while name in taken:
                 name += "%"
             shape = (box.rows[1] - box.rows[0], *shape[1:])
-        dtype = _SAFETENSORS_NAMES.get(source.dtype)
+        dtype = SAFETENSORS_DTYPES.get(source.dtype)
         if dtype is None:
             dtype, shape = "U8", (box.nbytes,)
         fields[name] = _HeaderField(dtype, shape, (box.offset, box.offset + box.nbytes))

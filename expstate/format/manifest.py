@@ -234,8 +234,8 @@ def is_torn(data: bytes) -> bool:
     return False
 
 
-def decode(data: bytes) -> Manifest:
-    """The records of a manifest.
+def identify(data: bytes) -> tuple[str, str]:
+    """The snapshot's id and the manifest's digest, in hexadecimal digits: what can be told without decoding its records.
 
     Raises
     ------
@@ -246,7 +246,7 @@ def decode(data: bytes) -> Manifest:
     UnsupportedFormatError
         If it is of a newer format.
     ManifestError
-        If it is not of the form that ``encode`` writes.
+        If it does not begin as ``encode`` lets it.
     """
     if is_torn(data):
         msg = "the manifest is incomplete: its take was interrupted"
@@ -261,6 +261,24 @@ def decode(data: bytes) -> Manifest:
     if int(head.group(1)) > FORMAT:
         msg = f"the snapshot has format {int(head.group(1))}, and this version reads up to {FORMAT}; upgrade expstate"
         raise UnsupportedFormatError(msg)
+    return head.group(2).decode("ascii"), digest_of(data)
+
+
+def decode(data: bytes) -> Manifest:
+    """The records of a manifest.
+
+    Raises
+    ------
+    SnapshotNotFoundError
+        If it is torn.
+    SnapshotCorruptError
+        If its digest does not match.
+    UnsupportedFormatError
+        If it is of a newer format.
+    ManifestError
+        If it is not of the form that ``encode`` writes.
+    """
+    identify(data)
     try:
         with collector.paused():
             manifest = _decoder.decode(data)

@@ -80,6 +80,15 @@ def is_data_file(name: str) -> bool:
     return _DATA_FILE.fullmatch(name) is not None
 
 
+def file_stem(key: str) -> str:
+    """A key, or what else a file is named after, in characters that every file system takes.
+
+    >>> file_stem("model/a"), file_stem("..")
+    ('model_a', '_')
+    """
+    return _DOTS.sub("_", _UNFIT.sub("_", key))[:_KEY_LENGTH].lstrip(".") or "_"
+
+
 class FileNamer:
     """Gives the data files of one attempt distinct names, also where case does not count.
 
@@ -103,7 +112,7 @@ class FileNamer:
         """
         clean = self._stems.get(stem)
         if clean is None:
-            first = _DOTS.sub("_", _UNFIT.sub("_", stem))[:_KEY_LENGTH].lstrip(".") or "_"
+            first = file_stem(stem)
             clean, number = first, 1
             while clean.casefold() in self._taken:
                 number += 1

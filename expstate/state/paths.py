@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 _UNPRINTABLE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_INVISIBLE = "\u00ad\u061c\u180e\u200b-\u200f\u2060-\u2064\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0001-\U000e007f"
 _UNSAFE = re.compile(f"[%/{_UNPRINTABLE}]")
 _NO_PATH = re.compile(f"[{_UNPRINTABLE}]")
+_NO_TEXT = re.compile(f"[{_UNPRINTABLE}{_INVISIBLE}]")
 _ESCAPE = re.compile("%([0-9A-F]{2})")
 _EMPTY = "%empty"
 
@@ -69,12 +71,12 @@ def is_printable(path: str) -> bool:
 
 
 def printable(name: str) -> str:
-    r"""A name as a terminal may be given it: control characters and the like are percent-encoded.
+    r"""A name as a terminal may be given it: control characters, and those that cannot be seen or turn the line, are percent-encoded.
 
     >>> printable("a/b"), printable("\x1b[31m")
     ('a/b', '%1B[31m')
     """
-    return _NO_PATH.sub(_percent, name)
+    return _NO_TEXT.sub(_percent, name)
 
 
 def key_parts(keys: Sequence[Any]) -> list[str]:

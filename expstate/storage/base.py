@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
+
+    from expstate.errors import ExpstateError
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +164,20 @@ class Storage(ABC):
 
     def remove_folder(self) -> None:  # noqa: B027 - object stores have no folders
         """Remove the folder if nothing is left in it."""
+
+    def walk(
+        self,
+        *,
+        depth: int | None = None,  # noqa: ARG002 - the default of an interface
+        on_error: Callable[[str, ExpstateError], object] | None = None,  # noqa: ARG002 - as above
+    ) -> Iterator[Storage]:
+        """The folder and those below it, links not followed; only itself where a storage cannot list folders.
+
+        Parameters
+        ----------
+        depth : int, optional
+            How far below; 0 is this folder alone.
+        on_error : callable, optional
+            Told of folders that cannot be listed, which are given nevertheless.
+        """
+        yield self

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from expstate import settings
 from expstate.errors import (
+    ExpstateError,
     ManifestTooLargeError,
     UnsafeFileError,
     UnsafePathError,
@@ -29,7 +30,7 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _O_TMPFILE: int = getattr(os, "O_TMPFILE", 0)
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -254,6 +255,24 @@ class LocalStorage(Storage):
         for folder in (f"{self.path}/base", self.path):
             with contextlib.suppress(OSError):  # missing, or not empty
                 os.rmdir(folder)  # noqa: PTH106 - strings throughout
+
+    def walk(self, *, depth: int | None = None, on_error: Callable[[str, ExpstateError], object] | None = None) -> Iterator[Storage]:
+        waiting = [(self.path, 0)]
+        while waiting:
+            path, level = waiting.pop()
+            yield LocalStorage(path)
+            if level == depth:
+                continue
+            try:
+                with system_errors(f"listing {path!r}"), os.scandir(path) as items:
+                    below = sorted((item.path for item in items if item.is_dir(follow_symlinks=False)), reverse=True)
+            except FileNotFoundError:
+                continue
+            except ExpstateError as error:
+                if on_error is not None:
+                    on_error(path, error)
+                continue
+            waiting += [(folder, level + 1) for folder in below]
 
     def clock(self) -> float:
         # The stamp of a new file without a name: on a network disk it is the server's clock that counts.

@@ -37,7 +37,9 @@ def parse(path: str | os.PathLike[str]) -> tuple[str, str]:
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str) or not text or "\0" in text:
-        msg = f"a snapshot's path must be a text that is not empty, or os.PathLike, got {text!r}"
+        # Not shown: a URL may hold a password.
+        found = type(text).__name__ if not isinstance(text, str) else "one with a NUL" if text else "an empty one"
+        msg = f"a snapshot's path must be a text that is not empty, or os.PathLike, got {found}"
         raise InvalidArgumentError(msg)
     match = _SCHEME.match(text)
     if match is None:
@@ -46,7 +48,7 @@ def parse(path: str | os.PathLike[str]) -> tuple[str, str]:
     if scheme == "file":
         rest = rest.removeprefix("localhost")
         if not rest.startswith("/"):
-            msg = f"a file:// URL needs an absolute path, as in file:///data/run, got {text!r}"
+            msg = "a file:// URL needs an absolute path and no host, as in file:///data/run"
             raise InvalidArgumentError(msg)
     if not rest:
         msg = f"no path after the scheme in {text!r}"
@@ -79,7 +81,7 @@ def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any
     scheme, rest = parse(path)
     options: object = storage_options
     if options is not None and not isinstance(options, Mapping):
-        msg = f"storage_options must be a dict, got {storage_options!r}"
+        msg = f"storage_options must be a dict, got {type(options).__name__}"
         raise InvalidArgumentError(msg)
     factory = _factories.get(scheme)
     if factory is None:

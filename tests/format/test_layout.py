@@ -120,7 +120,7 @@ def test_what_the_manifest_says_of_a_file_is_true(sources: list[Source], target_
 def test_the_safetensors_library_reads_what_is_laid_out(tmp_path: Path, target_bytes: int) -> None:
     """Names, dtypes, shapes and values are those of the tensors, for every dtype that the library has."""
     shapes = [(), (3,), (0, 4), (5, 2), (2, 3, 4)]
-    known = sorted(layout._SAFETENSORS_NAMES)
+    known = sorted(layout.SAFETENSORS_DTYPES)
     sources = [source(f"model/{dtype}{number}", *shape, dtype=dtype) for dtype in known for number, shape in enumerate(shapes)]
     found: dict[str, torch.Tensor] = {}
     for file in laid_out(sources, target_bytes):
@@ -137,7 +137,7 @@ def test_the_safetensors_library_reads_what_is_laid_out(tmp_path: Path, target_b
             assert item.shape == tuple(whole.shape)
 
 
-@pytest.mark.parametrize("dtype", sorted(set(ITEM_SIZES) - set(layout._SAFETENSORS_NAMES)))
+@pytest.mark.parametrize("dtype", sorted(set(ITEM_SIZES) - set(layout.SAFETENSORS_DTYPES)))
 def test_a_dtype_that_safetensors_has_not_is_stored_as_bytes(tmp_path: Path, dtype: str) -> None:
     """Its bytes are a row of U8; the manifest holds the real dtype and shape."""
     (file,) = laid_out([source("model/x", 2, 3, dtype=dtype)])

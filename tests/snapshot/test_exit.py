@@ -21,11 +21,12 @@ from expstate.testing import FaultyStorage
 
 storage = FaultyStorage(open_storage(sys.argv[1]))
 """
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "EXPSTATE_CATALOG": "off"}
 
 
 def _run(place: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "always", "-c", _HEAD + textwrap.dedent(script), str(place)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={"PATH": "/usr/bin:/bin", **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=_ENVIRONMENT | environment)
 
 
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(0)"])

@@ -1,0 +1,90 @@
+"""The parser: argparse's, made of the table of verbs.
+
+A notebook's magic gives a parser class of its own; the verbs, their arguments and their help are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from expstate.commands.table import VERBS
+
+if TYPE_CHECKING:
+    from expstate.commands.verb import Verb
+
+DESCRIPTION = "Keep the state of PyTorch experiments: find the snapshots that were taken, compare them, read, export and throw them away."
+EPILOG = """\
+A REF names a snapshot: the beginning of its id (4 digits or more), its name, an alias, latest, latest~1 (the one before), a path
+or a URL. Names, aliases and latest are those of the project of this folder, or of --project NAME.
+
+delete, prune and gc only show what would go, until you say --yes.
+
+exit status:
+  0    done
+  1    it failed; or there is what verify or check look for; or, with diff --exit-code, a difference
+  2    the command line was not understood
+  130  interrupted
+
+With --json one JSON document is printed on stdout: the result, or {"error": MESSAGE, "type": CLASS} when it failed. Times are
+ISO 8601 in UTC; floats that JSON has not are the texts "nan", "inf" and "-inf". Messages for people go to stderr.
+"""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves texts as they are, and room for the longest option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def build_parser(
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser, program: str = "expstate"
+) -> argparse.ArgumentParser:
+    """A parser of all verbs.
+
+    Parameters
+    ----------
+    parser_class : type, default argparse.ArgumentParser
+        What the parser and those of its verbs are made of.
+    program : str, default "expstate"
+        What a command begins with.
+
+    Returns
+    -------
+    argparse.ArgumentParser
+        What it parses has the verb's name in ``verb``; None if there was none.
+
+    Examples
+    --------
+    >>> build_parser().parse_args(["list", "loss < 0.2", "--limit", "3"]).limit
+    3
+    """
+    parser = parser_class(prog=program, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Formatter)
+    verbs = parser.add_subparsers(metavar="VERB", dest="verb", title="verbs", parser_class=parser_class)
+    for verb in VERBS:
+        _add(verbs, verb)
+    parser.set_defaults(verb=None)
+    return parser
+
+
+def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb) -> None:
+    help_text = verb.help[0].lower() + verb.help[1:].rstrip(".")
+    parser = verbs.add_parser(
+        verb.name,
+        aliases=list(verb.aliases),
+        help=help_text,
+        description=f"{verb.help} {verb.details}".strip(),
+        epilog=f"example:\n  {verb.example}",
+        formatter_class=_Formatter,
+    )
+    for item in verb.arguments:
+        parser.add_argument(*item.flags, **item.options)
+    if verb.common_arguments:
+        common = parser.add_argument_group("common options")
+        for item in verb.common_arguments:
+            common.add_argument(*item.flags, **item.options)
+    if verb.prepare is not None:
+        verb.prepare(parser)
+    # Under its name, also if it was called by another.
+    parser.set_defaults(verb=verb.name, parser=parser)

@@ -1,0 +1,77 @@
+"""Values in the words of a table: ages, sizes, numbers, short texts. JSON has them whole; these are for eyes."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import TYPE_CHECKING, Any
+
+from expstate.engine.report import bytes_text
+from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry
+from expstate.state.values import decode
+
+if TYPE_CHECKING:
+    import datetime as dt
+    from collections.abc import Iterable
+
+_AGES = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+_MOST_DIGITS = 300
+
+
+def age_text(when: dt.datetime, now: dt.datetime) -> str:
+    """How long ago it was, in its largest unit.
+
+    >>> now = dt.datetime(2026, 11, 24, 12, tzinfo=dt.timezone.utc)
+    >>> [age_text(now - dt.timedelta(seconds=seconds), now) for seconds in (5, 90, 7200, 10**6, 10**8)]
+    ['5s', '1m', '2h', '11d', '3y']
+    """
+    seconds = max(0, int((now - when).total_seconds()))
+    unit, size = next(((unit, size) for unit, size in _AGES if seconds >= size), _AGES[-1])
+    return f"{seconds // size}{unit}"
+
+
+def value_text(value: Any) -> str:
+    """A metric or param: numbers to six digits, texts as they are, long values cut short.
+
+    >>> value_text(0.123456789), value_text("adam"), value_text(None), value_text(True)
+    ('0.123457', 'adam', '', 'true')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int):
+        # Python refuses to write a number of thousands of digits out.
+        return str(value) if value.bit_length() <= _MOST_DIGITS else reprlib.repr(hex(value)).strip("'")
+    return value if isinstance(value, str) else str(value)
+
+
+def counted(count: int, what: str) -> str:
+    """So many of something.
+
+    >>> counted(1, "snapshot"), counted(1200, "snapshot"), counted(2, "entry")
+    ('1 snapshot', '1,200 snapshots', '2 entries')
+    """
+    if count != 1:
+        what = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{count:,} {what}"
+
+
+def joined(items: Iterable[str]) -> str:
+    """Words in one cell."""
+    return ", ".join(items)
+
+
+def entry_row(entry: Entry) -> tuple[str, str, str, str, str]:
+    """An entry: path, kind, dtype or class, shape or value, size."""
+    if isinstance(entry, TensorEntry):
+        return entry.path, entry.kind, entry.dtype, f"({', '.join(map(str, entry.shape))})", bytes_text(entry.nbytes)
+    if isinstance(entry, ObjectEntry):
+        return entry.path, "object", entry.type, "needs trust" if entry.needs_trust else "", bytes_text(entry.nbytes)
+    if isinstance(entry, AliasEntry):
+        return entry.path, "tied", "", f"to {entry.target}", ""
+    if isinstance(entry, ContainerEntry):
+        return entry.path, "container", entry.type, "", ""
+    value = decode(entry.value)
+    return entry.path, "value", type(value).__name__, value_text(value) if isinstance(value, (str, float)) else reprlib.repr(value), ""
