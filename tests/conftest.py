@@ -19,8 +19,9 @@ else:
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-# Before anything imports them: the tests of storages are shipped with the package, and pytest explains their asserts as it does those here.
-pytest.register_assert_rewrite("expstate.testing")
+# Before anything imports them: the tests of storages are shipped with the package, and helpers assert too; pytest explains their asserts as
+# it does those of the tests.
+pytest.register_assert_rewrite("expstate.testing", "tests.engine.crashes", "tests.engine.processes")
 
 for _name in [name for name in os.environ if name.startswith("EXPSTATE_")]:
     del os.environ[_name]

@@ -108,7 +108,7 @@ def _check(data: RecordData, raw: bytes) -> None:
 
 
 def is_reachable(location: Location, snapshot_id: str) -> bool:
-    """Whether a location is on a disk of this machine, on what every machine reaches, or the snapshot is found on a disk that machines share."""
+    """Whether a location is on a disk of this machine, or on what every machine reaches, or the snapshot is found on a shared disk."""
     return not opening.is_elsewhere(location) or _is_shared(location.url, snapshot_id)
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from expstate import collector, settings
-from expstate.catalog import running
+from expstate.catalog import given, running
 from expstate.catalog.catalog import Catalog
 from expstate.catalog.model import LOCAL_SCHEMES, Location, Record, this_host
-from expstate.catalog.place import catalog_place
+from expstate.catalog.place import catalog_place, package_missing
 from expstate.engine.attempt import read_manifest
 from expstate.errors import (
     CatalogError,
@@ -134,9 +134,7 @@ def find(
     ref: str | os.PathLike[str], option: CatalogOption, project: str | None, storage_options: Mapping[str, Any] | None
 ) -> Opened | Pending:
     """The snapshot that a ref names, or the take that will be it; as ``Snapshot.find`` documents it."""
-    from expstate.catalog import refs  # noqa: PLC0415 - SQLAlchemy takes 0.3 s to import, and a path may do without
-
-    text = refs.text_of(ref)
+    text = given.text_of(ref)
     try:
         with _catalog(option) as catalog:
             return _find(catalog, text, project, storage_options)
@@ -172,15 +170,17 @@ def _catalog(option: CatalogOption) -> Iterator[Catalog]:
 
 
 def _find(catalog: Catalog, text: str, project: str | None, storage_options: Mapping[str, Any] | None) -> Opened | Pending:
-    from expstate.catalog import refs  # noqa: PLC0415 - as above
-
+    try:
+        from expstate.catalog import refs  # noqa: PLC0415 - SQLAlchemy takes 0.3 s to import, and is absent on some machines
+    except ImportError as error:
+        raise package_missing(error) from None
     record = refs.resolve(catalog, text, project)
     if record.status == "pending":
         pending = running.pending_of(record.id)
         if pending is not None:
             return pending
         record = refs.resolve(catalog, record.id)  # it has ended just now
-    return open_record(catalog, record, storage_options, first=refs.place_of(text))
+    return open_record(catalog, record, storage_options, first=given.place_of(text))
 
 
 def _lying_at(text: str, storage_options: Mapping[str, Any] | None) -> Opened | None:

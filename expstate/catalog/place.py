@@ -116,5 +116,12 @@ def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace |
     raise InvalidArgumentError(msg)
 
 
+def package_missing(error: ImportError) -> CatalogUnavailableError:
+    """What to raise where a package of the catalog is not installed, as on a machine that only trains."""
+    return CatalogUnavailableError(
+        f"the catalog needs a package that is missing: pip install {(error.name or 'expstate').partition('.')[0]}"
+    )
+
+
 def _file(path: Path) -> CatalogPlace:
     return CatalogPlace(path, f"sqlite:///{path}", str(path), path.with_name(f"{path.name}.spool.jsonl"), path.with_name("roots.txt"))

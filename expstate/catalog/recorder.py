@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from expstate import settings
 from expstate.catalog import forks, roots, spool
-from expstate.catalog.place import CatalogPlace, catalog_place
+from expstate.catalog.place import CatalogPlace, catalog_place, package_missing
 from expstate.errors import CatalogCorruptError, CatalogUnavailableError, CatalogWarning, ExpstateError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class _Desk:
                 try:
                     from expstate.catalog.database import Database  # noqa: PLC0415 - takes 0.2 s, and is absent on some machines
                 except ImportError as error:
-                    msg = f"a package is missing: pip install {error.name}"
-                    raise CatalogUnavailableError(msg) from None
+                    raise package_missing(error) from None
                 self._database = Database(self.place, self.notices.append)
             return self._database
 

@@ -55,7 +55,7 @@ class Records(Sequence["Record"]):
     >>> len(found), [record.step for record in found[:1]]
     (2, [2])
     >>> found.to_pandas()[["step", "metric.loss"]].values.tolist()
-    [[2.0, 0.25], [1.0, 0.5]]
+    [[2, 0.25], [1, 0.5]]
     >>> catalog.close()
     >>> folder.cleanup()
     """
@@ -88,7 +88,10 @@ class Records(Sequence["Record"]):
             chosen = range(self._least(index))[index]
             records = [self._loaded[place] for place in _while_in(chosen, self._loaded)]
             return Records(self._catalog, [self._rows[place] for place in chosen], records)
-        place = index if 0 <= index < len(self._rows) else range(len(self))[index]
+        if not -len(self._rows) <= index < len(self._rows) and not -len(self) <= index < len(self):
+            msg = f"there is no record {index}, this search found {len(self)}"
+            raise IndexError(msg)
+        place = index if index >= 0 else index + len(self)
         found = self._loaded.get(place) or self._group.get(place)
         if found is None:
             self._group = dict(self._read(range(place - place % _GROUP, min(place - place % _GROUP + _GROUP, len(self._rows)))))

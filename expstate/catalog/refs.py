@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import re
 import shlex
 import unicodedata
@@ -17,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import sqlalchemy as sa
 
-from expstate.catalog import rows, running, schema
-from expstate.catalog.model import LOCAL_SCHEMES, Record, this_host
-from expstate.catalog.provenance import current_project, redact
+from expstate.catalog import given, rows, running, schema
+from expstate.catalog.model import LOCAL_SCHEMES, Record
+from expstate.catalog.provenance import current_project
 from expstate.engine import annotate
-from expstate.errors import AmbiguousRefError, ExpstateError, InvalidArgumentError, RefNotFoundError
+from expstate.errors import AmbiguousRefError, ExpstateError, RefNotFoundError
 from expstate.state.paths import printable
 from expstate.storage import registry
 
 if TYPE_CHECKING:
+    import os
+
     from expstate.catalog.catalog import Catalog
 
 ALL = "*"
@@ -64,7 +65,7 @@ def resolve(catalog: Catalog, ref: str | os.PathLike[str], project: str | None =
     InvalidArgumentError
         If it is no text.
     """
-    text = text_of(ref)
+    text = given.text_of(ref)
     asked = _Asked(catalog, text, project)
     found = asked.pending()
     if found is not None:
@@ -82,27 +83,6 @@ def resolve(catalog: Catalog, ref: str | os.PathLike[str], project: str | None =
     raise RefNotFoundError(msg)
 
 
-def text_of(ref: str | os.PathLike[str]) -> str:
-    """A ref as text; ``InvalidArgumentError`` if it is none."""
-    text: object = os.fspath(ref) if isinstance(ref, os.PathLike) else ref
-    if not isinstance(text, str) or not text:
-        msg = f"a ref must be a text that is not empty (an id, name, alias, latest, path or URL), got {text!r}"
-        raise InvalidArgumentError(msg)
-    return text
-
-
-def place_of(ref: str) -> tuple[str, str] | None:
-    """The URL, without secrets, and the host of the place that a path or URL names; None if it can be none."""
-    try:
-        scheme, _ = registry.parse(ref)
-        try:
-            return redact.url(registry.open_storage(ref).url), this_host() if scheme in LOCAL_SCHEMES else ""
-        except (ExpstateError, ImportError):
-            return redact.url(ref), ""
-    except (ExpstateError, OSError, ValueError):
-        return None
-
-
 class _Asked:
     """One question of a person."""
 
@@ -113,7 +93,7 @@ class _Asked:
         self._running = running.takes(catalog.place)
         self._label = unicodedata.normalize("NFC", text) if _is_label(text) else None
         self._prefix = text.lower() if _PREFIX.fullmatch(text) else None
-        self._place = place_of(text)
+        self._place = given.place_of(text)
 
     @property
     def project(self) -> str:

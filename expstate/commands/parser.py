@@ -27,7 +27,8 @@ exit status:
   130  interrupted
 
 With --json one JSON document is printed on stdout: the result, or {"error": MESSAGE, "type": CLASS} when it failed. Times are
-ISO 8601 in UTC; floats that JSON has not are the texts "nan", "inf" and "-inf". Messages for people go to stderr.
+ISO 8601 in UTC; floats that JSON has not are the texts "nan", "inf" and "-inf", and whole numbers of thousands of digits texts such as
+"0x1f". Messages for people go to stderr.
 """
 
 

@@ -1,6 +1,7 @@
 """Results as JSON can hold them, whatever the library gave: nothing is lost, and every reader of JSON takes it.
 
-Times are ISO 8601 in UTC, floats that are not finite are the texts ``nan``, ``inf`` and ``-inf``, bytes are hexadecimal digits.
+Times are ISO 8601 in UTC, floats that are not finite are the texts ``nan``, ``inf`` and ``-inf``, bytes are hexadecimal digits, and so are
+whole numbers that Python writes in no other way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_MOST_BITS = 14_000
+"""A whole number of more bits may have more decimal digits than Python writes and reads, 4,300."""
 
 
 def plain(value: Any) -> Any:
@@ -40,10 +44,14 @@ def _number(value: float) -> float | str:
     return float(value) if math.isfinite(value) else str(float(value))
 
 
+def _integer(value: int) -> int | str:
+    return int(value) if value.bit_length() <= _MOST_BITS else hex(value)
+
+
 _FORMS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     ((bool, type(None)), lambda value: value),
     (str, str.__str__),
-    (int, int),
+    (int, _integer),
     (float, _number),
     ((bytes, bytearray), lambda value: value.hex()),
     ((dt.date, dt.time), lambda value: value.isoformat()),

@@ -20,6 +20,7 @@ _MOST_DIGITS = 300
 def age_text(when: dt.datetime, now: dt.datetime) -> str:
     """How long ago it was, in its largest unit.
 
+    >>> import datetime as dt
     >>> now = dt.datetime(2026, 11, 24, 12, tzinfo=dt.timezone.utc)
     >>> [age_text(now - dt.timedelta(seconds=seconds), now) for seconds in (5, 90, 7200, 10**6, 10**8)]
     ['5s', '1m', '2h', '11d', '3y']

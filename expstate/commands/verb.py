@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expstate.catalog.catalog import Catalog
+from expstate.catalog.place import package_missing
 from expstate.commands.plain import plain
 from expstate.errors import CatalogUnavailableError
 from expstate.snapshot import Snapshot
@@ -81,8 +82,10 @@ class Session:
 
     def record(self, ref: str) -> Record:
         """The record that goes by a ref."""
-        from expstate.catalog import refs  # noqa: PLC0415 - imports SQLAlchemy
-
+        try:
+            from expstate.catalog import refs  # noqa: PLC0415 - imports SQLAlchemy
+        except ImportError as error:
+            raise package_missing(error) from None
         return refs.resolve(self.catalog, ref, project=self.project)
 
     def snapshot(self, ref: str) -> Snapshot:

@@ -89,6 +89,7 @@ class View:
 
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
         """A table."""
+        columns = [Column(clean(column.title), column.is_number) for column in columns]
         cells = [[clean(cell) for cell in row] for row in rows]
         if self._console is None:
             self._stream.write(_plain_table(columns, cells))

@@ -25,8 +25,8 @@ from expstate.errors import StorageError
 from expstate.storage import registry
 from expstate.storage.local import LocalStorage
 
-CANARIES: dict[str, str] = json.loads(Path(sys.argv[1]).read_text())
-MADE = Path(sys.argv[2])
+CANARIES: dict[str, str] = {}
+MADE = Path(sys.argv[2]) if __name__ == "__main__" else Path()
 
 
 class KeyedStorage(LocalStorage):
@@ -151,6 +151,7 @@ def command(*arguments: str) -> None:
 
 
 def main() -> None:
+    CANARIES.update(json.loads(Path(sys.argv[1]).read_text()))
     warnings.simplefilter("always")
     logging.basicConfig(level=logging.DEBUG, filename=MADE / "log.txt")
     registry.register("keyed", KeyedStorage)

@@ -43,7 +43,8 @@ def put(catalog: Catalog, *records: RecordData, **options: Any) -> None:
 def all_of(catalog: Catalog) -> list[Record]:
     """All records, in the order in which they count as taken."""
     with catalog.database.reading() as connection:
-        return rows.fetch(connection, list(connection.execute(sa.select(schema.records.c.seq).order_by(schema.records.c.ordered_at)).scalars()))
+        query = sa.select(schema.records.c.seq).order_by(schema.records.c.ordered_at)
+        return rows.fetch(connection, list(connection.execute(query).scalars()))
 
 
 def urls(catalog: Catalog) -> list[str]:
