@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import sqlalchemy as sa
 
+from expstate.bench.plan import FILLED_PROJECT
 from expstate.catalog import rows, schema
 from expstate.catalog.model import Body, KeySummary
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from expstate.catalog.catalog import Catalog
 
-PROJECT = "example.org/bench"
 METRICS = ("loss", "acc", *(f"metric-{number}" for number in range(8)))
 TAGS = ("ablation", "baseline", "debug", *(f"tag-{number}" for number in range(9)))
 TAGS_EACH = 3
@@ -32,7 +32,7 @@ _KEYS = (
     KeySummary("optimizer", "torch.optim.adam.Adam", 120, 800_000_000),
 )
 _PROVENANCE = {
-    "project": PROJECT,
+    "project": FILLED_PROJECT,
     "argv": ["train.py", "--config", "configs/base.yaml", "--seed", "1"],
     "git": {"commit": "0" * 40, "branch": "main", "dirty": False},
     "host": "node-1",
@@ -42,7 +42,7 @@ _PROVENANCE = {
 }
 
 
-def fill(catalog: Catalog, count: int, *, project: str = PROJECT, seed: int = 0) -> None:
+def fill(catalog: Catalog, count: int, *, project: str = FILLED_PROJECT, seed: int = 0) -> None:
     """Enter so many records with ten metrics, three tags and five params each.
 
     Parameters

@@ -182,10 +182,20 @@ _STEPS: dict[str, Callable[[Task], Outcome]] = {
 }
 
 
+def _step(task: Task) -> Callable[[Task], Outcome]:
+    if task.component:
+        return _limit
+    if task.operation in _STEPS:
+        return _STEPS[task.operation]
+    from expstate.bench import catalog  # needs the catalog's packages, which not every machine has
+
+    return catalog.STEPS[task.operation]
+
+
 def perform(task: Task) -> Outcome:
     """Do the step; what goes wrong is told in ``Outcome.error``."""
     try:
-        step = _limit if task.component else _STEPS[task.operation]
+        step = _step(task)
         with warnings.catch_warnings():
             # Peers warn of what is meant here, such as a take without a process group.
             warnings.simplefilter("ignore")

@@ -16,6 +16,9 @@ GIB = 1024**3
 BUDGET_BYTES = 256 * MIB
 """Memory budget of the operations that measure peak memory."""
 
+FILLED_PROJECT = "example.org/bench"
+"""The project of the records that are searched."""
+
 LIMIT = "limit"
 SYSTEMS = (LIMIT, "expstate", "torch", "safetensors", "dcp", "torchsnapshot")
 MODULES = {"torch": "torch", "safetensors": "safetensors", "dcp": "torch", "torchsnapshot": "torchsnapshot", "expstate": "expstate"}
@@ -39,6 +42,8 @@ class Operation:
         The same where the state is on an accelerator.
     needs_kept : bool
         Whether a snapshot taken beforehand is read.
+    of_catalog : bool
+        Whether it belongs to the benchmark of the catalog, and not to that of a disk.
     device_only : bool
         Whether it exists only with ``--device``.
     null_on_device : bool
@@ -50,6 +55,7 @@ class Operation:
     limits: tuple[str, ...] = ()
     device_limits: tuple[str, ...] = ()
     needs_kept: bool = False
+    of_catalog: bool = False
     device_only: bool = False
     null_on_device: bool = False
 
@@ -82,6 +88,14 @@ OPERATIONS = {
         Operation("small_tensors", "take and cold restore of many tensors of 1 KiB"),
         Operation("staging", "take to the null storage", (), ("to_host",), device_only=True, null_on_device=True),
         Operation("copy_device", "copy of the state on the device", (), ("copy_device",), device_only=True),
+        Operation("record", "what recording adds to a take of 1 MiB: catalog and provenance", of_catalog=True),
+        Operation("search", "the slowest of four common queries, first 50 records", of_catalog=True, needs_kept=True),
+        Operation("search_any", "the slowest of all kinds of queries, first 50 records", of_catalog=True, needs_kept=True),
+        Operation("to_pandas", "a data frame of a tenth of the records", of_catalog=True, needs_kept=True),
+        Operation("diff", "two snapshots of many tensors, manifests cached", of_catalog=True, needs_kept=True),
+        Operation("diff_cold", "the same, manifests read from the disk", of_catalog=True, needs_kept=True),
+        Operation("diff_stats", "statistics of two snapshots of which all has changed, cold", ("read",), of_catalog=True, needs_kept=True),
+        Operation("scan", "a new catalog of many snapshots", of_catalog=True, needs_kept=True),
     )
 }
 
@@ -108,12 +122,26 @@ _STREAMED = {"to_host": ("1 stream", "2 streams"), "to_device": ("1 stream", "2 
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """The state that is moved: bytes in all, tensors, and how many tensors ``small_tensors`` has."""
+    """What is worked on.
+
+    Attributes
+    ----------
+    total_bytes, tensors : int
+        Of the state that is moved; for the catalog, of the two snapshots that are compared by their statistics.
+    small_tensors : int
+        Tensors of ``small_tensors``; for the catalog, of each of the two snapshots that are compared by their digests.
+    device : str
+        Where the state is.
+    records, snapshots : int
+        Records in the catalog that is searched, and snapshots that are scanned.
+    """
 
     total_bytes: int
     tensors: int
     small_tensors: int
     device: str = "cpu"
+    records: int = 0
+    snapshots: int = 0
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -155,15 +183,18 @@ class Outcome(msgspec.Struct):
     error: str = ""
 
 
-def operation_names(*, device: bool) -> list[str]:
-    """The operations that exist for a state on the host or on an accelerator.
+def operation_names(*, device: bool, catalog: bool = False) -> list[str]:
+    """The operations of the benchmark of a disk, for a state on the host or on an accelerator; or those of the catalog's.
 
     Examples
     --------
     >>> "staging" in operation_names(device=False), "staging" in operation_names(device=True)
     (False, True)
+    >>> "search" in operation_names(device=False), "search" in operation_names(device=False, catalog=True)
+    (False, True)
     """
-    return [operation.name for operation in OPERATIONS.values() if device or not operation.device_only]
+    found = [operation for operation in OPERATIONS.values() if operation.of_catalog == catalog]
+    return [operation.name for operation in found if device or not operation.device_only]
 
 
 def contenders(operation: str, system: str, *, device: bool) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ class Record(msgspec.Struct):
     seconds : list of float
         Wall seconds of every repeat, of the setting with the best median.
     gib_per_s, ratio_to_limit : float or None
-        From the medians; a ratio of 1 is the limit, less is slower.
+        From the medians; a ratio of 1 is the limit, less is slower. None where there is no such thing.
     peak_extra_bytes : int
         The highest of the repeats.
     cpu_seconds : float or None
@@ -66,7 +66,7 @@ def _record(operation: str, system: str, setting: str, outcomes: Sequence[Outcom
         operation,
         system,
         seconds=seconds,
-        gib_per_s=outcomes[0].bytes / GIB / statistics.median(seconds),
+        gib_per_s=outcomes[0].bytes / GIB / statistics.median(seconds) if outcomes[0].bytes else None,
         peak_extra_bytes=max(outcome.peak_extra_bytes for outcome in outcomes),
         cpu_seconds=statistics.median(outcome.cpu_seconds for outcome in outcomes),
         setting=setting,

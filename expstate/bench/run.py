@@ -20,16 +20,33 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from expstate.bench import report
-from expstate.bench.plan import GIB, KIB, LIMIT, MIB, MODULES, OPERATIONS, SYSTEMS, Outcome, Task, Workload, contenders, operation_names
+from expstate.bench.plan import (
+    GIB,
+    KIB,
+    LIMIT,
+    MIB,
+    MODULES,
+    OPERATIONS,
+    SYSTEMS,
+    Outcome,
+    Task,
+    Workload,
+    contenders,
+    operation_names,
+)
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
+    from expstate.bench.plan import Operation
+
 DESCRIPTION = (
     "Measure take, restore and read beside the limits of this machine and beside other libraries, in turn, each step in a fresh process. "
     "Prints progress to stderr and a table to stdout."
 )
+CATALOG = "catalog"
+"""What is given in the place of a folder to measure the catalog, in the current folder."""
 _CHILD_SECONDS = 3600
 _HOPELESS = 2
 _SPARE_STATES = 3
@@ -67,18 +84,37 @@ class Options:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options to a parser."""
-    parser.add_argument("path", metavar="PATH", type=Path, help="folder on the disk to measure; needs room for several copies of the state")
-    parser.add_argument("--gib", type=float, default=2.0, metavar="N", help="size of the state (default: 2)")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="folder on the disk to measure, with room for several copies of the state; "
+        "or the word catalog, to measure the catalog and comparisons in the current folder (a folder of that name is ./catalog)",
+    )
+    parser.add_argument(
+        "--gib", type=float, default=2.0, metavar="N", help="size of the state, or of the two that are compared (default: 2)"
+    )
     parser.add_argument("--tensors", type=int, default=100, metavar="N", help="number of its tensors (default: 100)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="times that each is measured (default: 5)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)} (default: all installed)")
+    of_disk, of_catalog = (", ".join(operation_names(device=True, catalog=catalog)) for catalog in (False, True))
     parser.add_argument(
-        "--operations", nargs="+", choices=tuple(OPERATIONS), metavar="OPERATION", help=f"of {', '.join(OPERATIONS)} (default: all)"
+        "--operations",
+        nargs="+",
+        choices=tuple(OPERATIONS),
+        metavar="OPERATION",
+        help=f"of a disk: {of_disk}; of the catalog: {of_catalog} (default: all)",
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="where the state is, any device that torch names (default: cpu)")
     parser.add_argument(
-        "--small-tensors", type=int, default=100_000, metavar="N", help="tensors of 1 KiB in small_tensors (default: 100000)"
+        "--small-tensors",
+        type=int,
+        metavar="N",
+        help="tensors of 1 KiB in small_tensors (default: 100000), or in each snapshot of diff (default: 10000)",
     )
+    parser.add_argument(
+        "--records", type=int, default=100_000, metavar="N", help="records of the catalog that is searched (default: 100000)"
+    )
+    parser.add_argument("--snapshots", type=int, default=1000, metavar="N", help="snapshots that are scanned (default: 1000)")
     parser.add_argument("--memory-budget-mib", type=int, metavar="N", help="memory budget of expstate (default: its own)")
     parser.add_argument(
         "--slow-seconds", type=float, default=60.0, metavar="S", help="what takes longer than this is not repeated (default: 60)"
@@ -104,36 +140,46 @@ def options_from(arguments: argparse.Namespace) -> Options:
         If they cannot be met: a size that cannot be laid out, a folder or device that is missing, a disk that is too small.
     """
     on_device = arguments.device != "cpu"
+    of_catalog = arguments.path == CATALOG
+    if on_device and of_catalog:
+        msg = f"--device {arguments.device}: the catalog is measured on the host"
+        raise ValueError(msg)
     if on_device:
         _check_device(arguments.device)
-    total_bytes = int(arguments.gib * GIB) // 8 * 8
-    if not arguments.path.is_dir():
-        msg = f"{str(arguments.path)!r} is no folder: name an existing one on the disk to measure"
+    path = Path() if of_catalog else Path(arguments.path)
+    total_bytes = int(arguments.gib * GIB) // 16 * 16
+    if not path.is_dir():
+        msg = f"{str(path)!r} is no folder: name an existing one on the disk to measure"
         raise ValueError(msg)
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         msg = f"--json {arguments.json}: its folder does not exist"
         raise ValueError(msg)
-    if min(arguments.repeat, arguments.small_tensors) < 1:
-        msg = "--repeat and --small-tensors must be at least 1"
+    small_tensors = arguments.small_tensors if arguments.small_tensors is not None else 10_000 if of_catalog else 100_000
+    if min(arguments.repeat, small_tensors, arguments.records, arguments.snapshots) < 1:
+        msg = "--repeat, --small-tensors, --records and --snapshots must be at least 1"
         raise ValueError(msg)
     if not _FEWEST_TENSORS <= arguments.tensors <= 1 + (total_bytes - MIB) // KIB:
         msg = f"--gib {arguments.gib:g} --tensors {arguments.tensors}: expected at least 2 tensors, one of 1 MiB and 1 KiB for each other"
         raise ValueError(msg)
-    possible = operation_names(device=on_device)
+    possible = operation_names(device=on_device, catalog=of_catalog)
     operations = [name for name in possible if name in (arguments.operations or possible)]
     if len(operations) < len(set(arguments.operations or operations)):
-        msg = f"{', '.join(sorted(set(arguments.operations) - set(possible)))}: only with --device"
+        others = sorted(set(arguments.operations) - set(possible))
+        only = "with PATH" if of_catalog else "with `bench catalog`" if OPERATIONS[others[0]].of_catalog else "with --device"
+        msg = f"{', '.join(others)}: only {only}"
         raise ValueError(msg)
     installed = [system for system in SYSTEMS if system == LIMIT or importlib.util.find_spec(MODULES[system])]
     systems = [system for system in SYSTEMS if system in (arguments.systems or installed)]
+    if of_catalog:
+        systems = [system for system in systems if system in {LIMIT, "expstate"}]
     needed = (len(systems) + _SPARE_STATES) * total_bytes
-    free = shutil.disk_usage(arguments.path).free
+    free = shutil.disk_usage(path).free
     if free < needed:
-        msg = f"{str(arguments.path)!r} has {free / GIB:.1f} GiB free, needed are {needed / GIB:.1f}: lower --gib or choose --systems"
+        msg = f"{str(path)!r} has {free / GIB:.1f} GiB free, needed are {needed / GIB:.1f}: lower --gib or choose --systems"
         raise ValueError(msg)
     budget = arguments.memory_budget_mib * MIB if arguments.memory_budget_mib else None
-    workload = Workload(total_bytes, arguments.tensors, arguments.small_tensors, arguments.device)
-    return Options(arguments.path, workload, operations, systems, arguments.repeat, arguments.slow_seconds, budget)
+    workload = Workload(total_bytes, arguments.tensors, small_tensors, arguments.device, arguments.records, arguments.snapshots)
+    return Options(path, workload, operations, systems, arguments.repeat, arguments.slow_seconds, budget)
 
 
 def in_child(task: Task) -> Outcome:
@@ -166,7 +212,7 @@ class _Benchmark:
     def run(self) -> None:
         wanted = [OPERATIONS[name] for name in self._options.operations]
         if any(operation.needs_kept for operation in wanted):
-            self._prepare()
+            self._prepare(wanted)
         for operation in wanted:
             self._measure(operation.name)
 
@@ -191,16 +237,27 @@ class _Benchmark:
         finally:
             shutil.rmtree(folder)
 
-    def _prepare(self) -> None:
-        """Keep a snapshot of every system for the restores, and the digests that these must reach."""
-        _progress("prepare: digests of the state")
-        described = self._perform(self._task("describe", ""))
+    def _prepare(self, wanted: Sequence[Operation]) -> None:
+        """Keep what is read later: a snapshot of every system for the restores, and the digests that these must reach."""
         for system in self._options.systems:
-            task = self._task("prepare", system)
-            Path(task.kept).mkdir()
-            outcome = self._perform(task)
-            self._failed[system] = described.error or outcome.error
-            _progress(f"prepare: {system} {outcome.error or 'done'}")
+            Path(self._task("", system).kept).mkdir()
+        of_disk = [operation for operation in wanted if operation.needs_kept and not operation.of_catalog]
+        described = ""
+        if of_disk:
+            _progress("prepare: digests of the state")
+            described = self._perform(self._task("describe", "")).error
+        for system in self._options.systems:
+            if of_disk or (system == LIMIT and any(operation.limits for operation in wanted)):
+                self._prepare_one("prepare", system, described)
+        for operation in wanted:
+            if operation.of_catalog and operation.needs_kept and "expstate" in self._options.systems:
+                self._prepare_one(f"prepare_{operation.name}", "expstate")
+
+    def _prepare_one(self, step: str, system: str, described: str = "") -> None:
+        outcome = self._perform(self._task(step, system))
+        error = described or outcome.error
+        self._failed[system] = self._failed.get(system) or error
+        _progress(f"{step}: {system} {error or 'done'}")
 
     def _measure(self, operation: str) -> None:
         active = [
@@ -224,7 +281,8 @@ class _Benchmark:
         if outcome.error:
             _progress(f"{what}: failed: {outcome.error}")
         else:
-            _progress(f"{what}: {outcome.seconds:.4g} s, {outcome.bytes / GIB / outcome.seconds:.3g} GiB/s")
+            speed = f", {outcome.bytes / GIB / outcome.seconds:.3g} GiB/s" if outcome.bytes else ""
+            _progress(f"{what}: {outcome.seconds:.4g} s{speed}")
 
     def _goes_on(self, contender: tuple[str, str, str, str], active: Sequence[tuple[str, str, str, str]]) -> bool:
         """Whether another repeat can change the result: not after a failure, a very long run, or far behind the system's best setting."""

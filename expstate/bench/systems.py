@@ -84,7 +84,7 @@ class Expstate(System):
         return str(folder / SNAPSHOT)
 
     def take(self, folder: Path, state: TensorState) -> None:
-        self._snapshot.take(self._path(folder), {KEY: state}, memory_budget_bytes=self._budget, progress=False)
+        self._snapshot.take(self._path(folder), {KEY: state}, memory_budget_bytes=self._budget, progress=False, catalog=False)
 
     def restore(self, folder: Path, state: TensorState, *, verify: bool) -> None:
         snapshot = self._snapshot(str(folder / SNAPSHOT))
@@ -99,7 +99,9 @@ class Expstate(System):
         budget = max(self._budget or 0, state.nbytes + state.nbytes // 4 + BUDGET_BYTES)
 
         def begin(folder: Path) -> Callable[[], object]:
-            pending: Any = self._snapshot.async_take(self._path(folder), {KEY: state}, memory_budget_bytes=budget, progress=False)
+            pending: Any = self._snapshot.async_take(
+                self._path(folder), {KEY: state}, memory_budget_bytes=budget, progress=False, catalog=False
+            )
             return pending.wait  # type: ignore[no-any-return]
 
         return begin
