@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from expstate.catalog.model import Record
     from expstate.catalog.records import Records
     from expstate.catalog.scan import ScanReport
+    from expstate.catalog.status import Status
     from expstate.engine.collect import GcReport
 
 
@@ -348,6 +349,18 @@ class Catalog:
         from expstate.catalog import scan  # noqa: PLC0415
 
         return scan.scan(self, url, storage_options=storage_options)
+
+    def status(self) -> Status:
+        """What the catalog holds, which records wait to be entered, and which takes and deletions are not finished.
+
+        Returns
+        -------
+        Status
+            Also of a catalog that cannot be opened: then it says why.
+        """
+        from expstate.catalog import status  # noqa: PLC0415
+
+        return status.status(self)
 
     def __repr__(self) -> str:
         return f"Catalog({self.url!r})"

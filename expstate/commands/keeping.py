@@ -246,10 +246,8 @@ def _show_scan(report: ScanReport, view: View, arguments: argparse.Namespace) ->
 
 
 def _status(session: Session, arguments: argparse.Namespace) -> Status:
-    from expstate.catalog.status import status  # noqa: PLC0415 - imports SQLAlchemy
-
     del arguments
-    return status(session.catalog)
+    return session.catalog.status()
 
 
 def _show_status(found: Status, view: View, arguments: argparse.Namespace) -> None:

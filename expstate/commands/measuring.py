@@ -35,8 +35,8 @@ VERBS = (
     Verb(
         name="bench",
         library="expstate.bench",
-        help="Measure take and restore beside other libraries.",
-        details="And beside the limits of this machine, in turn, each in a fresh process. Prints progress to stderr, a table to stdout.",
+        help="Measure take and restore beside other libraries, or the catalog.",
+        details="Beside the limits of this machine too, in turn, each in a fresh process. Prints progress to stderr, a table to stdout.",
         example="expstate bench . --gib 0.01 --repeat 1 --operations take --systems limit expstate",
         call=_bench,
         show=_show,

@@ -25,6 +25,7 @@ exit status:
   1    it failed; or there is what verify or check look for; or, with diff --exit-code, a difference
   2    the command line was not understood
   130  interrupted
+  141  nobody reads the output any more
 
 With --json one JSON document is printed on stdout: the result, or {"error": MESSAGE, "type": CLASS} when it failed. Times are
 ISO 8601 in UTC; floats that JSON has not are the texts "nan", "inf" and "-inf", and whole numbers of thousands of digits texts such as
