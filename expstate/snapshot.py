@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from expstate import collector
 from expstate.catalog import opening
+from expstate.catalog.model import value_of
 from expstate.catalog.origin import CatalogOption, Origin
 from expstate.diff.run import DiffOptions, diff_live, diff_snapshots
 from expstate.engine import ancestry, attempt, copy, describe, export, fetch, memory, restore, verify
@@ -31,7 +32,6 @@ from expstate.format.validate import validate
 from expstate.pending import PendingSnapshot
 from expstate.progress import ProgressOption, check_option
 from expstate.state import paths
-from expstate.state.values import decode
 from expstate.storage import registry
 
 if TYPE_CHECKING:
@@ -428,8 +428,8 @@ class Snapshot:
             note=given.note,
             step=given.step,
             tags=given.tags,
-            params={name: decode(value) for name, value in given.params.items()},
-            metrics={name: decode(value) for name, value in given.metrics.items()},
+            params={name: value_of(value) for name, value in given.params.items()},
+            metrics={name: value_of(value) for name, value in given.metrics.items()},
             keys={record.key: record.type for record in manifest.keys},
             world_size=manifest.world_size,
             writer=manifest.writer,

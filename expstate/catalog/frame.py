@@ -14,9 +14,8 @@ import sqlalchemy as sa
 
 from expstate.catalog import rows as stored_rows
 from expstate.catalog import schema
-from expstate.catalog.model import Body, effective
+from expstate.catalog.model import Body, effective, value_of
 from expstate.format.annotations import Annotations
-from expstate.state.values import decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -160,7 +159,7 @@ def _any(values: Sequence[Any]) -> Any:
     """A column of a metric or param, of the dtype that all its values fit."""
     kinds = set(map(type, values)) - {type(None)}
     if kinds & {dict, list}:
-        values = [decode(value) for value in values]
+        values = [_of_python(value_of(value)) for value in values]
         kinds = set(map(type, values)) - {type(None)}
     if not kinds <= {int, float} or not kinds:
         if kinds == {str}:
@@ -171,6 +170,11 @@ def _any(values: Sequence[Any]) -> Any:
     if kinds == {int}:
         return _integers(values)
     return np.array([np.nan if value is None else value for value in values], dtype="float64")
+
+
+def _of_python(value: Any) -> Any:
+    """Numbers of NumPy as Python's, so that they are in one column with these."""
+    return value.item() if isinstance(value, np.generic) and value.dtype.kind in "biufU" else value
 
 
 def _integers(values: Sequence[Any]) -> Any:

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import msgspec
 
-from expstate.format.annotations import Annotations
+from expstate.errors import UnknownClassError
+from expstate.format.annotations import Annotations  # noqa: TC001 - msgspec reads the annotation
 from expstate.format.manifest import Manifest, ObjectEntry, TensorEntry
-from expstate.state import paths
+from expstate.state import paths, values
 from expstate.storage import registry
 
 LOCAL_SCHEMES = frozenset({"fs", "file"})
@@ -92,7 +94,7 @@ class Location:
     status: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Record:
     """A row of the catalog: one snapshot.
 
@@ -159,6 +161,22 @@ class Record:
     provenance: dict[str, Any] = field(repr=False)
     status: str = "present"
 
+    def __hash__(self) -> int:
+        return hash((self.id, self.digest))
+
+    def __repr__(self) -> str:
+        shown = (f"{one.name}={_shown(getattr(self, one.name))}" for one in fields(self) if one.repr)
+        return f"Record({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    if type(value) is dict:
+        return "{" + ", ".join(f"{name!r}: {_shown(item)}" for name, item in value.items()) + "}"
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "..."
+
 
 def this_host() -> str:
     """The name of this machine, as locations and leases have it."""
@@ -166,7 +184,7 @@ def this_host() -> str:
 
 
 def host_of(url: str) -> str:
-    """This host if the URL names its disk, else empty.
+    """The name of this host if the URL names its disk, else empty.
 
     >>> host_of("s3://bucket/run")
     ''
@@ -192,6 +210,44 @@ def microseconds(text: str) -> int:
 def time_of(count: int) -> dt.datetime:
     """The time that is so many microseconds after 1970, in UTC."""
     return dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc) + dt.timedelta(microseconds=count)
+
+
+def value_of(encoded: Any) -> Any:
+    """A param or metric as it was given; members of enums whose class this process has not imported are texts.
+
+    Parameters
+    ----------
+    encoded : object
+        In the form of ``state.values``.
+
+    Examples
+    --------
+    >>> value_of([1, {"type": "enum", "value": ["train", "Optimizer", "ADAM", None]}])
+    [1, 'Optimizer.ADAM']
+    """
+    try:
+        found = values.decode(encoded)
+    except UnknownClassError:
+        found = values.decode(_without_enums(encoded))
+    # The one NaN that Python takes for the same, so that a record is equal to itself.
+    return math.nan if type(found) is float and math.isnan(found) else found
+
+
+def enum_text(encoded: Any) -> str | None:
+    """A member of an enum as ``Class.MEMBER``, whether or not this process knows the class; None for what is none."""
+    match encoded:
+        case {"type": "enum", "value": [str(), str(qualname), name, number]}:
+            return f"{qualname.rpartition('.')[2]}.{number if name is None else name}"
+    return None
+
+
+def _without_enums(encoded: Any) -> Any:
+    text = enum_text(encoded)
+    if text is not None:
+        return text
+    if isinstance(encoded, dict):
+        return {name: _without_enums(part) for name, part in encoded.items()}
+    return [_without_enums(part) for part in encoded] if isinstance(encoded, list) else encoded
 
 
 def describe(manifest: Manifest, digest: str, url: str, annotations: Annotations | None = None) -> RecordData:

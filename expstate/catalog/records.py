@@ -88,10 +88,11 @@ class Records(Sequence["Record"]):
             chosen = range(self._least(index))[index]
             records = [self._loaded[place] for place in _while_in(chosen, self._loaded)]
             return Records(self._catalog, [self._rows[place] for place in chosen], records)
-        if not -len(self._rows) <= index < len(self._rows) and not -len(self) <= index < len(self):
-            msg = f"there is no record {index}, this search found {len(self)}"
+        count = len(self._rows) if 0 <= index < len(self._rows) else len(self)
+        if not -count <= index < count:
+            msg = f"there is no record {index}, this search found {count}"
             raise IndexError(msg)
-        place = index if index >= 0 else index + len(self)
+        place = index % count
         found = self._loaded.get(place) or self._group.get(place)
         if found is None:
             self._group = dict(self._read(range(place - place % _GROUP, min(place - place % _GROUP + _GROUP, len(self._rows)))))

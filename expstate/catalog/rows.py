@@ -18,11 +18,10 @@ import msgspec
 import sqlalchemy as sa
 
 from expstate.catalog import schema
-from expstate.catalog.model import Body, Location, Record, RecordData, effective, microseconds, time_of
+from expstate.catalog.model import Body, Location, Record, RecordData, effective, enum_text, microseconds, time_of, value_of
 from expstate.errors import CatalogCorruptError, ExpstateError
 from expstate.format import annotations as added
 from expstate.format.annotations import Annotations
-from expstate.state.values import decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -316,10 +315,11 @@ def _claim_aliases(connection: sa.Connection, seq: int, project: str, claims: di
 
 def sides_of(encoded: Any) -> tuple[float | None, str | None, str | None]:
     """A value as a number and as a text, as far as it is one, and what the number does not tell."""
-    value = decode(encoded)
-    if isinstance(value, bool):
+    value = enum_text(encoded) or value_of(encoded)
+    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
         return None, "true" if value else "false", None
     if isinstance(value, str):
+        value = str.__str__(value)  # NumPy has texts of its own
         # What a database cannot hold is in the body alone.
         return None, None if _NO_TEXT.search(value) else value, None
     if isinstance(value, numbers.Real):
@@ -424,8 +424,8 @@ def _record(row: Any, places: list[Location], aliases: list[str]) -> Record:
         aliases=tuple(aliases),
         pinned=now_true.pinned,
         note=now_true.note,
-        params={key: decode(value) for key, value in body.params.items()},
-        metrics={key: decode(value) for key, value in now_true.metrics.items()},
+        params={key: value_of(value) for key, value in body.params.items()},
+        metrics={key: value_of(value) for key, value in now_true.metrics.items()},
         keys=body.keys,
         parent=parent,
         digest=digest,

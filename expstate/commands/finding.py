@@ -6,7 +6,7 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expstate.catalog.model import Location, Record, describe, effective, host_of
+from expstate.catalog.model import Location, Record, describe, effective, host_of, value_of
 from expstate.commands import columns
 from expstate.commands.plain import plain
 from expstate.commands.texts import age_text, counted, entry_row, joined, value_text
@@ -15,7 +15,6 @@ from expstate.commands.view import Column
 from expstate.engine import annotate
 from expstate.engine.report import bytes_text
 from expstate.errors import CatalogError, RefNotFoundError
-from expstate.state.values import decode
 
 if TYPE_CHECKING:
     import argparse
@@ -129,8 +128,8 @@ def record_of(snapshot: Snapshot) -> Record:
         aliases=tuple(sorted(now_true.aliases)),
         pinned=now_true.pinned,
         note=now_true.note,
-        params={name: decode(value) for name, value in data.body.params.items()},
-        metrics={name: decode(value) for name, value in now_true.metrics.items()},
+        params={name: value_of(value) for name, value in data.body.params.items()},
+        metrics={name: value_of(value) for name, value in now_true.metrics.items()},
         keys=data.body.keys,
         parent=data.parent,
         digest=data.digest,

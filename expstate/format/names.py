@@ -22,7 +22,11 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
 _LEASE = re.compile(r"\.attempt-([0-9a-f]{8})\.json|\.\.attempt-([0-9a-f]{8})\.json\.\2")
 _LABEL_BYTES = 255
-_RESERVED = {"latest", "live", ".", ".."}
+_RESERVED = re.compile(r"latest(?:~[0-9]*)?|live|\.{1,2}")
+_CONTROL = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0]")
+"""Characters that no font shows though their category is that of letters, marks or symbols."""
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _KEY_LENGTH = 64
 
 
@@ -137,6 +141,15 @@ def check_file_name(name: str) -> None:
         raise UnsafePathError(msg)
 
 
+def has_lone_surrogates(text: str) -> bool:
+    r"""Whether a text holds halves of characters, which UTF-8 cannot.
+
+    >>> has_lone_surrogates("\ud83c\udf89"), has_lone_surrogates("\N{PARTY POPPER}")
+    (True, False)
+    """
+    return not text.isascii() and _SURROGATES.search(text) is not None
+
+
 def check_label(text: object, what: str) -> str:
     """A name or tag that a ref can carry, in normal form (NFC).
 
@@ -161,15 +174,15 @@ def check_label(text: object, what: str) -> str:
     if not isinstance(text, str):
         msg = f"a {what} must be text, got {type(text).__name__}"
         raise InvalidNameError(msg)
-    label = unicodedata.normalize("NFC", text)
+    label = str.__str__(unicodedata.normalize("NFC", text))  # a subclass, such as NumPy's, has nothing to do in a manifest
     problem = None
     if not label or label != label.strip():
         problem = "is empty, or begins or ends with a space"
-    elif label in _RESERVED:
+    elif _RESERVED.fullmatch(label):
         problem = "has a meaning of its own in refs"
     elif any(character in "@:=/" for character in label):
         problem = "has one of @ : = / in it, which refs cannot carry"
-    elif any(unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} for character in label):
+    elif _BLANK.search(label) or any(unicodedata.category(character) in _CONTROL for character in label):
         problem = "has control or invisible characters in it"
     elif len(label.encode()) > _LABEL_BYTES:
         problem = f"is longer than {_LABEL_BYTES} bytes"

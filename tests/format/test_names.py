@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from enum import Enum
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -174,14 +176,56 @@ def test_a_label_that_passes_can_be_typed(text: str) -> None:
         assert label == names.check_label(label, "name")
 
 
-@pytest.mark.parametrize("text", ["a", "baseline", "run 7", "v1.0-rc_2", "größe", "日本", "🎉", "a" * 255, "con", "%41", "--all", "a,b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "baseline",
+        "run 7",
+        "v1.0-rc_2",
+        "größe",
+        "日本",
+        "🎉",
+        "a" * 255,
+        "con",
+        "%41",
+        "--all",
+        "a,b",
+        "LATEST",
+        "latest-1",
+        "lives",
+        "...",
+        "❤️",
+    ],
+)
 def test_labels_of_every_language_are_taken(text: str) -> None:
     """What can be typed and shown is a label."""
     assert text == names.check_label(text, "tag")
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "a ", " a", "\ta", "latest", "live", ".", "..", "a@b", "a:b", "a=b", "a/b", "a\nb", "a\x00", "a" * 256, "é" * 128]
+    "text",
+    [
+        "",
+        " ",
+        "a ",
+        " a",
+        "\ta",
+        "latest",
+        "latest~2",
+        "latest~",
+        "live",
+        ".",
+        "..",
+        "a@b",
+        "a:b",
+        "a=b",
+        "a/b",
+        "a\nb",
+        "a\x00",
+        "a" * 256,
+        "é" * 128,
+    ],
 )
 def test_labels_that_refs_cannot_carry_are_refused(text: str) -> None:
     """Empty, padded, reserved, of characters that refs are cut at, or too long in bytes."""
@@ -190,7 +234,11 @@ def test_labels_that_refs_cannot_carry_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a\u200bb", "a\u202eb", "a\u2066b", "a\ufeffb", "a\x1b[0m", "a\x85b", "a\u2028b", "a\ud800", "a\ue000", "a\u0378"]
+    "text",
+    [
+        *("a\u200bb", "a\u202eb", "a\u2066b", "a\ufeffb", "a\x1b[0m", "a\x85b", "a\u2028b", "a\ud800", "a\ue000", "a\u0378", "a\u00adb"),
+        *("\u3164", "a\u115f", "a\u1160b", "\uffa0", "a\u034fb", "\u2800", "a\u180bb", "a\u17b4", "a\U000e0041b", "\U0001d173"),
+    ],
 )
 def test_labels_that_cannot_be_seen_are_refused(text: str) -> None:
     """Invisible characters make two labels look alike, and control characters change what a terminal shows."""
@@ -206,5 +254,33 @@ def test_a_label_is_text(given_value: object) -> None:
 
 
 def test_labels_are_compared_in_normal_form() -> None:
-    """However an accent was typed, it is one label."""
+    """However an accent was typed, it is one label; what it then is, is what is checked."""
     assert names.check_label("caf\u00e9", "name") == names.check_label("cafe\u0301", "name")
+    assert "\u2260" == names.check_label("=\u0338", "name")
+    with pytest.raises(InvalidNameError, match="longer than 255 bytes"):
+        names.check_label("\u0958" * 50, "name")  # 150 bytes as typed, 300 in normal form
+
+
+class Kind(str, Enum):
+    """A text with a name."""
+
+    SMALL = "small"
+
+
+@pytest.mark.parametrize(("given_value", "expected"), [(np.str_("a"), "a"), (np.str_("cafe\u0301"), "caf\u00e9"), (Kind.SMALL, "small")])
+def test_a_label_is_a_plain_text(given_value: str, expected: str) -> None:
+    """Whatever kind of text was given."""
+    label = names.check_label(given_value, "tag")
+
+    assert (str, expected) == (type(label), label)
+
+
+@given(st.text(st.characters(), max_size=20))
+def test_halves_of_characters_are_what_utf_8_cannot_hold(text: str) -> None:
+    """And nothing else."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        assert names.has_lone_surrogates(text)
+    else:
+        assert not names.has_lone_surrogates(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,15 @@ from expstate.errors import (
 from .conftest import Watched
 
 APP_STATE: dict[str, Any] = {"state": StateDict(a=torch.ones(3))}
+
+
+def nested(levels: int) -> Any:
+    """A dict in a dict, and so on."""
+    value: Any = 1
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
 
 TAKES: list[tuple[dict[str, Any], type[ExpstateError], str]] = [
     ({"app_state": None}, AppStateError, "must be a dict"),
@@ -55,24 +65,47 @@ TAKES: list[tuple[dict[str, Any], type[ExpstateError], str]] = [
     ({"name": "latest"}, InvalidNameError, "meaning of its own"),
     ({"name": "x" * 256}, InvalidNameError, "longer than 255 bytes"),
     ({"name": "a\u202eb"}, InvalidNameError, "invisible"),
+    ({"name": "\ud800"}, InvalidNameError, "invisible"),
+    ({"name": "latest~1"}, InvalidNameError, "meaning of its own"),
     ({"tags": "best"}, InvalidMetadataError, "a list of texts, got the text 'best'"),
     ({"tags": 5}, InvalidMetadataError, "tags must be a list of texts"),
     ({"tags": [5]}, InvalidNameError, "tag must be text"),
     ({"tags": ["a b", "a=b"]}, InvalidNameError, "tag 'a=b'"),
+    ({"tags": b"best"}, InvalidNameError, "tag must be text"),
+    ({"tags": ["live"]}, InvalidNameError, "meaning of its own"),
+    ({"tags": ["a\x1b[31m"]}, InvalidNameError, "control"),
     ({"params": 5}, InvalidMetadataError, "params must be a dict"),
     ({"params": {5: 1}}, InvalidMetadataError, "a param needs a name"),
     ({"params": {"f": open}}, InvalidMetadataError, "param 'f' cannot be recorded"),
     ({"params": {"t": torch.ones(2)}}, InvalidMetadataError, "param 't' cannot be recorded"),
+    ({"params": {"t": [torch.tensor(1)]}}, InvalidMetadataError, "param 't' cannot be recorded"),
+    ({"params": {"t": torch.ones((), device="meta")}}, InvalidMetadataError, "param 't' is a tensor on the meta device"),
+    ({"params": {"a\ud800": 1}}, InvalidMetadataError, "a param needs a name"),
+    ({"params": {"long": "x" * 70_000}}, InvalidMetadataError, "param 'long' cannot be recorded: str of 70,000 items"),
+    ({"params": {"deep": nested(200)}}, InvalidMetadataError, "param 'deep' cannot be recorded: it is nested too deeply"),
+    ({"params": {"deep": nested(100_000)}}, InvalidMetadataError, "nested too deeply"),
     ({"metrics": [("loss", 1)]}, InvalidMetadataError, "metrics must be a dict"),
     ({"metrics": {"loss": "low"}}, InvalidMetadataError, "metric 'loss' must be a number"),
     ({"metrics": {"loss": torch.ones(2)}}, InvalidMetadataError, "metric 'loss' must be a number"),
     ({"metrics": {"": 1}}, InvalidMetadataError, "a metric needs a name"),
+    ({"metrics": {"loss": None}}, InvalidMetadataError, "metric 'loss' must be a number, got NoneType"),
+    ({"metrics": {"loss": np.str_("1")}}, InvalidMetadataError, "metric 'loss' must be a number"),
+    ({"metrics": {"loss": 1j}}, InvalidMetadataError, "must be a number, got complex"),
+    ({"metrics": {"loss": torch.tensor(1j)}}, InvalidMetadataError, "must be a number, got complex"),
+    ({"metrics": {"loss": np.timedelta64(1, "ns")}}, InvalidMetadataError, "must be a number, got timedelta64"),
+    ({"metrics": {"loss": np.array(1, dtype=object)}}, InvalidMetadataError, "must be a number, got ndarray"),
+    ({"metrics": {"loss": torch.ones((), device="meta")}}, InvalidMetadataError, "metric 'loss' is a tensor on the meta device"),
     ({"note": 5}, InvalidMetadataError, "a note must be a text"),
     ({"note": "x" * 2**21}, InvalidMetadataError, "at most 1 MiB"),
     ({"note": "\ud800"}, InvalidMetadataError, "surrogates"),
     ({"step": "3"}, InvalidMetadataError, "step must be an int"),
     ({"step": True}, InvalidMetadataError, "step must be an int"),
     ({"step": 2**63}, InvalidMetadataError, "64 bits"),
+    ({"step": 10**5000}, InvalidMetadataError, "64 bits"),
+    ({"step": torch.tensor([1, 2])}, InvalidMetadataError, "step must be an int"),
+    ({"step": torch.tensor(1.0)}, InvalidMetadataError, "step must be an int"),
+    ({"step": np.array([1, 2])}, InvalidMetadataError, "step must be an int"),
+    ({"step": torch.ones((), dtype=torch.int64, device="meta")}, InvalidMetadataError, "step is a tensor on the meta device"),
     ({"step": 1.5}, InvalidMetadataError, "step must be an int"),
     ({"memory_budget_bytes": 0}, MemoryBudgetError, "2 MiB"),
     ({"memory_budget_bytes": 2**20}, MemoryBudgetError, "2 MiB"),

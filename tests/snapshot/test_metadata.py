@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from enum import Enum
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 import expstate
 from expstate import Snapshot, StateDict
+from expstate.cli import main
 from expstate.errors import EntryNotFoundError, SnapshotCorruptError, SnapshotNotFoundError
 from expstate.format.names import is_id
 from tests.state.conftest import assert_same
@@ -25,6 +26,12 @@ class Kind(Enum):
     """An enum of this module."""
 
     SMALL = 1
+
+
+class Level(IntEnum):
+    """Numbers with names."""
+
+    HIGH = 2
 
 
 def test_everything_given_is_read_again(place: Path) -> None:
@@ -56,6 +63,82 @@ def test_numbers_that_json_has_not_are_kept(place: Path) -> None:
 
     assert math.isnan(found.params["nan"])
     assert [-math.inf, -1.0, -(2**70)] == [found.metrics["inf"], math.copysign(1, found.metrics["zero"]), found.metrics["huge"]]
+
+
+def test_a_note_is_as_long_as_is_promised(place: Path) -> None:
+    """A mebibyte, in characters of any length."""
+    Snapshot.take(place, {}, note="é" * 2**19)
+
+    assert "é" * 2**19 == Snapshot(place).metadata.note
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor(3), 3),
+        (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5),
+        (torch.tensor([1]).any(), 1),
+        (np.float64(0.1), 0.1),
+        (np.float16(0.5), 0.5),
+        (np.longdouble(0.5), 0.5),
+        (np.uint64(2**64 - 1), 2**64 - 1),
+        (np.bool_(0), 0),
+        (np.array(7), 7),
+        (True, 1),
+        (Level.HIGH, 2),
+        (-(10**4000), -(10**4000)),
+        (float("-inf"), -math.inf),
+    ],
+)
+def test_a_metric_is_a_number_of_python(place: Path, value: Any, expected: float) -> None:
+    """Whatever kind of number it was."""
+    Snapshot.take(place, {}, metrics={"m": value})
+    found = Snapshot(place).metadata.metrics["m"]
+
+    assert (type(expected), expected) == (type(found), found)
+
+
+@pytest.mark.parametrize("step", [7, np.int32(7), np.array(7), torch.tensor(7), torch.tensor(7, dtype=torch.uint8), Level.HIGH + 5])
+def test_a_step_is_an_int(place: Path, step: Any) -> None:
+    """Whatever kind of int it was."""
+    Snapshot.take(place, {}, step=step)
+    found = Snapshot(place).metadata.step
+
+    assert (int, 7) == (type(found), found)
+
+
+class Words(str):
+    """A text of a class of its own."""
+
+    __slots__ = ()
+
+
+def test_texts_are_plain(place: Path) -> None:
+    """Names, tags, notes, and names of params and metrics, whatever kind of text they were."""
+    given = Words("a")
+    Snapshot.take(place, {}, name=np.str_("n"), tags=[given], note=given, params={given: 1}, metrics={np.str_("m"): 2})
+    found = Snapshot(place).metadata
+
+    assert ("n", ("a",), "a", {"a": 1}, {"m": 2}) == (found.name, found.tags, found.note, found.params, found.metrics)
+
+
+def test_params_are_kept_with_their_types_at_every_depth(place: Path) -> None:
+    """Halves of characters, huge numbers, and dicts in lists in dicts; long names too."""
+    deep: Any = 1
+    for _ in range(90):
+        deep = {"a": deep}
+    params = {
+        "text": "\ud800",
+        "keys": {"\ud800": ["\udfff"], 2**100: (1.5, None), (1, 2): {True}, None: {}},
+        "huge": [10**5000, -(2**64)],
+        "numpy": [np.float32(0.1), np.int8(-1), np.bool_(1), np.str_("x")],
+        "deep": deep,
+        "x" * 70_000: "x" * 60_000,
+        "größe \x00\n": "",
+    }
+    Snapshot.take(place, {}, params=params)
+
+    assert_same(params, Snapshot(place).metadata.params)
 
 
 def test_nothing_given_is_nothing_said(place: Path) -> None:
@@ -169,3 +252,13 @@ def test_copies_keep_id_and_metadata(tmp_path: Path) -> None:
         return snapshot.metadata
 
     assert facts(first) == facts(copied)
+
+
+def test_params_of_an_enum_that_is_not_here_are_read_as_text(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at a snapshot need not have the classes of whoever took it."""
+    Snapshot.take(place, {"state": StateDict()}, params={"kind": Kind.SMALL, "levels": [Level.HIGH, 1]})
+    monkeypatch.delitem(globals(), "Kind")
+    monkeypatch.delitem(globals(), "Level")
+
+    assert {"kind": "Kind.SMALL", "levels": ["Level.HIGH", 1]} == Snapshot(place).metadata.params
+    assert 0 == main(["show", str(place), "--json"])

@@ -39,7 +39,7 @@ def search(
         raise InvalidArgumentError(msg)
     node = None if query is None or query == "" or str(query).isspace() else parse(query)
     order = None if sort is None else parse_sort(sort)
-    project = rows.indexable(current_project() if project is None else project)
+    project = rows.indexable(current_project() if project is None else _name_of(project))
     with catalog.database.reading() as connection:
         _prepare(connection)
         try:
@@ -58,6 +58,13 @@ def search(
         return [seq for seq in every if seq not in known][: None if limit is None else limit - len(page)]
 
     return Records(catalog, page, loaded, rest if len(first) > len(page) else None)
+
+
+def _name_of(project: object) -> str:
+    if not isinstance(project, str):
+        msg = f'a project is a text, "*" for all of them, got {project!r}'
+        raise InvalidArgumentError(msg)
+    return project
 
 
 def _prepare(connection: sa.Connection) -> None:

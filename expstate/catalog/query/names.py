@@ -98,6 +98,7 @@ def _unknown(connection: sa.Connection, name: Name, project: str, text: str, wha
         return UnknownNamesError()
     # Names are many where code makes them up; the nearest of some thousands are near enough.
     possible = [*{field.name for field in FIELDS.values()}, *connection.execute(known.limit(5000)).scalars()]
-    near = difflib.get_close_matches(name.text, possible, n=_NEAREST, cutoff=0.5)
+    written = {other.casefold(): other for other in possible}
+    near = [written[other] for other in difflib.get_close_matches(name.text.casefold(), written, n=_NEAREST, cutoff=0.5)]
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return error(text, name.position, f"{name.text!r} is no field, metric or param of these records{hint}", what)

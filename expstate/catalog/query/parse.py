@@ -19,7 +19,8 @@ from expstate.errors import InvalidQueryError
 
 MAX_CHARACTERS = 4000
 MAX_COMPARISONS = 200
-MAX_DEPTH = 50
+MAX_DEPTH = 15
+"""Levels of not, and, or in one another: the parser of older SQLites has room for about 20 of them, which is more than a person writes."""
 _WORD = r"""[^\s()<>=!~"',;&|\\]"""
 GRAMMAR = rf"""
 ?start: _any

@@ -58,10 +58,8 @@ class Search:
 
     def rows(self, connection: sa.Connection, limit: int | None) -> list[int]:
         """The numbers of the rows that are found, in order; at most so many."""
-        if limit == 0:
-            return []
         few = self._few(connection)
-        if few is None and limit is not None:
+        if few is None and limit:
             found = self._by_windows(connection, limit)
             if found is not None:
                 return found
