@@ -81,7 +81,7 @@ def frame(connection: sa.Connection, rows: Sequence[int]) -> pd.DataFrame:
         group = rows[start : start + _GROUP]
         found.update((row[0], row[1:]) for row in _stored(connection, group))
         for record, url in _urls(connection, group):
-            urls.setdefault(record, stored_rows._restored(url))  # noqa: SLF001 - of this package
+            urls.setdefault(record, stored_rows.restored_url(url))
         for record, alias in _aliases(connection, group):
             aliases.setdefault(record, []).append(alias)
     there = [row for row in rows if row in found]

@@ -122,7 +122,7 @@ def _folders(catalog: Catalog, project: str) -> Iterator[Storage]:
     if project != "*":
         query = query.where(schema.records.c.project == project)
     with catalog.database.reading() as connection:
-        urls = [rows._restored(url) for url in connection.execute(query.order_by(table.c.url)).scalars()]  # noqa: SLF001 - of this package
+        urls = [rows.restored_url(url) for url in connection.execute(query.order_by(table.c.url)).scalars()]
     for url in urls:
         try:
             yield folders.open_location(url)

@@ -191,5 +191,5 @@ def forget(connection: sa.Connection, seq: int, places: Sequence[str]) -> None:
     if left is None:
         mending.remove(connection, seq)
     else:
-        url = rows._restored(left.url)  # noqa: SLF001 - of this package
+        url = rows.restored_url(left.url)
         rows.set_location_status(connection, seq, url, left.host, left.status)

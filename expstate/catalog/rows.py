@@ -210,19 +210,21 @@ def _put_location(connection: sa.Connection, seq: int, data: RecordData, seen_at
     values = {"digest": data.digest, "status": status, "seen_at": now() if seen_at is None else seen_at}
     where = (table.c.record == seq, table.c.place == key)
     if is_new or connection.execute(sa.select(table.c.record).where(*where)).first() is None:
-        connection.execute(sa.insert(table), {"record": seq, "place": key, "url": _stored(data.url), "host": storable(data.host), **values})
+        place = {"record": seq, "place": key, "url": stored_url(data.url), "host": storable(data.host)}
+        connection.execute(sa.insert(table), place | values)
     elif seen_at is None:
         connection.execute(sa.update(table).where(*where).values(**values))
     if status != "present" or not is_new:
         _set_status(connection, seq)
 
 
-def _stored(url: str) -> str:
+def stored_url(url: str) -> str:
     """A URL as a column holds it: paths may have bytes that are no text."""
     return "json:" + json.dumps(url) if _NO_TEXT.search(url) or url.startswith(_JSON) else url
 
 
-def _restored(url: str) -> str:
+def restored_url(url: str) -> str:
+    """A URL as ``stored_url`` was given it."""
     return str(json.loads(url[5:])) if url.startswith(_JSON) else url
 
 
@@ -364,7 +366,7 @@ def fetch_by_row(connection: sa.Connection, seqs: Sequence[int]) -> dict[int, Re
         query = sa.select(table.c.record, table.c.url, table.c.host, table.c.digest, table.c.status).where(table.c.record.in_(group))
         for record, *place in connection.execute(query.order_by(table.c.status != "present", table.c.seen_at, table.c.place)).all():
             url, host, digest, status = place
-            places.setdefault(record, []).append(Location(_restored(url), host, digest, status))
+            places.setdefault(record, []).append(Location(restored_url(url), host, digest, status))
         held = sa.select(schema.aliases.c.record, schema.aliases.c.alias).where(schema.aliases.c.record.in_(group))
         for record, alias in connection.execute(held.order_by(schema.aliases.c.alias)).all():
             claimed.setdefault(record, []).append(alias)

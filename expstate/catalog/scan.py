@@ -219,7 +219,7 @@ class _Scan:
         query = sa.select(table.c.record, table.c.url, table.c.host, table.c.status, table.c.seen_at)
         with self._catalog.database.reading() as connection:
             found = connection.execute(query.where(table.c.host.in_(["", model.this_host()]))).all()
-        return [_Known(record, rows._restored(url), *rest) for record, url, *rest in found]  # noqa: SLF001 - of this package
+        return [_Known(record, rows.restored_url(url), *rest) for record, url, *rest in found]
 
     def _storages(self, locations: Iterable[_Known]) -> Iterable[Storage]:
         for known in locations:
