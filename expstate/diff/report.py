@@ -6,13 +6,12 @@ needs ten thousand objects.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from expstate.diff import page, show, table
+from expstate.diff import page, show, summary, table
 from expstate.errors import EntryNotFoundError, InvalidArgumentError
 from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry, ValueEntry
 from expstate.state import paths
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from expstate.diff.stats import Statistics
 
 CHANGES = ("added", "removed", "changed", "same")
-_SHOWN = 3
+_TENSORS = {"tensor", "parameter", "numpy"}
 
 
 class EntryForm(msgspec.Struct, frozen=True):
@@ -104,6 +103,11 @@ class EntryDiff(msgspec.Struct, frozen=True):
         return self.form.kind
 
     @property
+    def is_tensor(self) -> bool:
+        """Whether it is a tensor or an array."""
+        return self.form.kind in _TENSORS
+
+    @property
     def dtype(self) -> str | None:
         """Of a tensor or array, on the newer side if it is there."""
         return self.form.dtype
@@ -117,6 +121,12 @@ class EntryDiff(msgspec.Struct, frozen=True):
     def nbytes(self) -> int:
         """Its bytes, on the newer side if it is there."""
         return self.form.nbytes
+
+    @property
+    def is_kept_otherwise(self) -> bool:
+        """Whether its content is the same, but not what it is tied to, or how it is cut."""
+        old, new = self.old, self.new
+        return self.change == "same" and (bool(self.differs) or (old is not None and new is not None and old.tied_to != new.tied_to))
 
     def __str__(self) -> str:
         return f"{paths.printable(self.entry)}: {show.row_text(self)}"
@@ -165,6 +175,7 @@ class SnapshotDiff:
     _comparison: Comparison = field(repr=False)
     _twins: Twins = field(repr=False)
     _found: dict[str, Statistics] = field(repr=False)
+    _changes: dict[str, Change] = field(repr=False)
 
     # What differs
 
@@ -212,7 +223,7 @@ class SnapshotDiff:
 
     def __iter__(self) -> Iterator[EntryDiff]:
         """Every entry: those of the newer side in its order, then those that were removed."""
-        changed = {change.path: change for change in self._comparison.changed}
+        changed = self._changes
         listed = {entry.path for entry in (*self._comparison.added, *self._comparison.same)}
         for entry in self._listings[1].entries:
             if entry.path in changed or entry.path in listed:
@@ -242,14 +253,23 @@ class SnapshotDiff:
             raise InvalidArgumentError(msg)
         return tuple(self._row(entry.path, None) for entry in getattr(self._comparison, change))
 
+    def kept_otherwise(self) -> tuple[EntryDiff, ...]:
+        """Entries that are the same, but tied to another tensor now or no longer, or cut into other boxes."""
+        found = self._comparison
+        names = [entry.path for listing in self._listings for entry in listing.entries if type(entry) is AliasEntry]
+        rows = [
+            self._row(path, None)
+            for path in dict.fromkeys([*names, *(entry.path for entry in found.same if entry.path in found.otherwise_cut)])
+            if path not in self._changes and all(path in listing.by_path for listing in self._listings)
+        ]
+        return tuple(row for row in rows if row.is_kept_otherwise)
+
     def __getitem__(self, path: str) -> EntryDiff:
         """One entry; ``EntryNotFoundError`` if neither side has it, or it is a container that does not differ."""
-        found = self._comparison
-        for change in found.changed:
-            if change.path == path:
-                return self._row(path, change)
-        if any(entry.path == path for entries in (found.added, found.removed, found.same) for entry in entries):
-            return self._row(path, None)
+        entry = next((listing.by_path[path] for listing in self._listings if path in listing.by_path), None)
+        change = self._changes.get(path)
+        if entry is not None and (change is not None or type(entry) is not ContainerEntry or path in {*self.added, *self.removed}):
+            return self._row(path, change)
         msg = f"no entry {path!r} in the comparison"
         raise EntryNotFoundError(msg)
 
@@ -273,33 +293,8 @@ class SnapshotDiff:
     # For people and programs
 
     def summary(self) -> str:
-        """A few lines: how much differs, where most, which values, and what else is known to differ."""
-        lines = [f"{self.old} -> {self.new}: {self._counted()}"]
-        changed = self.entries("changed")
-        measured = sorted((row for row in changed if row.statistics is not None), key=show.by_change)
-        if measured:
-            lines.append(_listed("most changed", [f"{paths.printable(row.entry)} ({show.row_text(row)})" for row in measured]))
-        others = [row for row in changed if row.statistics is None]
-        for what, kinds in (("values", {"value"}), ("tensors", {"tensor", "parameter", "numpy"}), ("others", {"object", "container"})):
-            rows = [row for row in others if row.kind in kinds]
-            if rows:
-                lines.append(_listed(what, [str(row) for row in rows]))
-        for what, pairs in (("renamed", self.renamed), ("added", self.added), ("removed", self.removed)):
-            if pairs:
-                lines.append(_listed(what, [paths.printable(pair if isinstance(pair, str) else " -> ".join(pair)) for pair in pairs]))
-        if self.metadata:
-            lines.append(_listed("metadata", [show.fact_text(fact) for fact in self.metadata], most=4 * _SHOWN))
-        return "\n".join(lines)
-
-    def _counted(self) -> str:
-        counts = Counter(self.counts)
-        renamed = f" ({len(self._twins.renamed):,} renamed)" if self._twins.renamed else ""
-        parts = [
-            f"{counts[change]:,} {change}{renamed if change == 'added' else ''}"
-            for change in ("changed", "added", "removed")
-            if counts[change]
-        ]
-        return ", ".join([*parts, f"{counts['same']:,} same"] if parts else [f"all {counts['same']:,} entries are the same"])
+        """A few lines: how much differs, which values, what most, and what else is known to differ."""
+        return summary.as_text(self)
 
     def to_pandas(self) -> pd.DataFrame:
         """A table of all entries.
@@ -318,18 +313,13 @@ class SnapshotDiff:
         return table.as_dict(self)
 
     def __repr__(self) -> str:
-        return f"SnapshotDiff({self.old} -> {self.new}: {self._counted()})"
+        return f"SnapshotDiff({summary.heading(self)})"
 
     def __str__(self) -> str:
         return self.summary()
 
     def _repr_html_(self) -> str:
         return page.as_html(self)
-
-
-def _listed(what: str, items: list[str], most: int = _SHOWN) -> str:
-    more = f"; and {len(items) - most:,} more" if len(items) > most else ""
-    return f"  {what}: {'; '.join(items[:most])}{more}"
 
 
 def _form(listing: Listing, path: str) -> EntryForm | None:

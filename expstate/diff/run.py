@@ -79,7 +79,8 @@ def _report(
 ) -> SnapshotDiff:
     with collector.paused():
         twins = find_twins(comparison, *listings)
-    return SnapshotDiff(old, new, facts, work.has_statistics, listings, comparison, twins, work.found)
+        changes = {change.path: change for change in comparison.changed}
+    return SnapshotDiff(old, new, facts, work.has_statistics, listings, comparison, twins, work.found, changes)
 
 
 class _Reading:

@@ -147,11 +147,19 @@ def form_text(form: EntryForm) -> str:
 
 def statistics_text(found: Statistics) -> str:
     """The statistics that matter most on one line."""
-    parts = [f"relative {number(found.relative)}", f"max {number(found.max_abs)}"]
+    if math.isnan(found.max_abs):
+        return ", ".join(["no number on both sides", *odd_texts(found)])
+    relative = "was zero" if math.isinf(found.relative) else f"relative {number(found.relative)}"
+    return ", ".join([relative, f"max {number(found.max_abs)}", *odd_texts(found)])
+
+
+def odd_texts(found: Statistics) -> list[str]:
+    """How many elements are NaN and infinite, where there are any."""
+    parts = []
     for what, before, after in (("NaN", found.nan_old, found.nan_new), ("inf", found.inf_old, found.inf_new)):
         if before or after:
             parts.append(f"{what} {before:,} -> {after:,}" if before != after else f"{what} {after:,}")
-    return ", ".join(parts)
+    return parts
 
 
 def _tie_text(row: EntryDiff) -> list[str]:
@@ -167,10 +175,23 @@ def _tie_text(row: EntryDiff) -> list[str]:
     return found
 
 
-def by_change(row: EntryDiff) -> tuple[bool, float]:
-    """A key to sort by: those that changed most come first, those of which nothing can be said last."""
-    relative = row.statistics.relative if row.statistics is not None else math.nan
-    return math.isnan(relative), -relative if not math.isnan(relative) else 0.0
+def by_change(row: EntryDiff) -> tuple[int, float]:
+    """A key to sort by: what people look for first.
+
+    Tensors in which NaN or infinities have come; what changed and cannot be measured, such as plain values; measured tensors, those that
+    changed most first; those that were zero before, for which no relative change can be told; single numbers, such as an optimizer's
+    count of its steps; all else.
+    """
+    found = row.statistics
+    if found is None:
+        return (1 if row.change == "changed" else 5), 0.0
+    if found.has_new_odd:
+        return 0, -float(found.nan_new + found.inf_new)
+    if math.isnan(found.relative):
+        return 5, 0.0
+    if found.elements == 1:
+        return 4, -found.relative
+    return (3, -found.max_abs) if math.isinf(found.relative) else (2, -found.relative)
 
 
 def fact_text(fact: FactDiff) -> str:

@@ -1,7 +1,8 @@
 """How far two tensors are apart: sums over chunks that fit the processor's cache, and the statistics that they make.
 
 ``Sums`` is fed pairs of flat tensors, the same elements of both sides in their stored dtypes, in any order; ``statistics`` ends it.
-Everything is computed in double precision: inside the cache that costs little, and nothing under- or overflows.
+Everything is computed in double precision: inside the cache that costs little, and nothing under- or overflows but squares of float64
+beyond 1e300 and below 1e-300.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ class Statistics(msgspec.Struct, frozen=True):
     nan_new: int
     inf_old: int
     inf_new: int
+
+    @property
+    def has_new_odd(self) -> bool:
+        """Whether more elements are NaN, or infinite, than were."""
+        return self.nan_new > self.nan_old or self.inf_new > self.inf_old
 
 
 def torch_dtype(kind: str, dtype: str) -> torch.dtype | None:

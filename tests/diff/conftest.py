@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from expstate import Snapshot, StateDict
+from expstate.engine.source import SnapshotSource
 
 Take = Callable[..., Snapshot]
 
@@ -47,3 +49,11 @@ class TiedModel(torch.nn.Module):
         with torch.no_grad():
             self.embedding.weight.fill_(2.0)
             self.head.weight.fill_(2.0)
+
+
+def forged(snapshot: Snapshot, **changes: Any) -> Snapshot:
+    """A snapshot whose manifest says something else, as anybody could have written it."""
+    source = snapshot._source
+    manifest = msgspec.structs.replace(source.manifest, **changes)
+    snapshot._loaded = SnapshotSource(source.storage, manifest, snapshot._loaded[1]), snapshot._loaded[1]
+    return snapshot
