@@ -212,8 +212,9 @@ def _show_rows(rows: Sequence[EntryDiff], view: View, *, with_statistics: bool) 
         bare = msgspec.structs.replace(row, statistics=None)
         text = show.row_text(bare)
         found = row.statistics
-        if found is not None and text == "content differs":
-            text = ""
+        if found is not None:
+            texts = [*([text] if text != "content differs" else []), *show.odd_texts(found)]
+            text = ", ".join(texts)
         if not with_statistics:
             numbers: list[str] = []
         elif found is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -279,3 +280,12 @@ def test_scan_enters_what_is_in_a_folder(project: Project, run: Run, tmp_path: P
 def test_status_tells_what_the_catalog_holds(kept: Project, run: Run) -> None:
     assert kept.url in run("status").out
     assert {"digits": 4} == run("status --json").json["records"]
+
+
+def test_diff_tells_of_nan_that_came(project: Project, run: Run) -> None:
+    state = StateDict(weight=torch.ones(4), bias=torch.zeros(2))
+    Snapshot.take(project.folder / "well", {"model": state}, name="well")
+    state["weight"][0] = float("nan")
+    Snapshot.take(project.folder / "ill", {"model": state}, name="ill")
+
+    assert re.search(r"^model/weight +changed +NaN 0 -> 1 ", run("diff well ill --stats").out, flags=re.MULTILINE)
