@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from expstate.catalog import database as databases
-from expstate.catalog import folders, mending, rows
+from expstate.catalog import folders, mending, rows, status
 from expstate.catalog.provenance import current_project
 from expstate.engine import memory, verify
-from expstate.engine.report import bytes_text
+from expstate.engine.report import bytes_text, counted
 from expstate.engine.source import SnapshotSource
 from expstate.errors import CatalogCorruptError, ExpstateError
 from expstate.format import annotations as added
@@ -96,12 +96,12 @@ class CheckReport:
     def __str__(self) -> str:
         more = "".join(f", {count:,} {what}" for what in ("replaced", "elsewhere") if (count := getattr(self, what)))
         read = f", {bytes_text(self.nbytes)} read and verified" if self.nbytes else ""
-        looked = f"{self.records:,} records, {self.snapshots:,} snapshots{more}{read}"
+        looked = f"{counted(self.records, 'record')}, {counted(self.snapshots, 'snapshot')}{more}{read}"
         if self.ok:
             return f"all is well: {looked}"
         shown = [f"  {finding}" for finding in self.findings[:_SHOWN]]
         left = [f"  ... and {len(self.findings) - _SHOWN:,} more"] if len(self.findings) > _SHOWN else []
-        return "\n".join([f"{len(self.findings):,} problems: {looked}", *shown, *left])
+        return "\n".join([f"{counted(len(self.findings), 'problem')}: {looked}", *shown, *left])
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -156,7 +156,7 @@ class _Check:
         self._seen: set[str] = set()
 
     def find(self, what: str, name: str, problem: str, mend: str) -> None:
-        self._findings.append(Finding(what, name, problem.removeprefix(f"{name!r}: "), mend))
+        self._findings.append(Finding(what, name, problem.removeprefix(f"{name!r}: ").removeprefix(f"the catalog {name!r} "), mend))
 
     def report(self) -> CheckReport:
         return CheckReport(
@@ -198,7 +198,6 @@ class _Check:
         found = False
         reachable = [location for location in record.locations if folders.is_reachable(location, record.id)]
         for location in reachable:
-            self._seen.add(location.url)
             found |= self._check_location(record, location)
         if found:
             self._snapshots += 1
@@ -216,15 +215,20 @@ class _Check:
         try:
             storage = folders.open_location(location.url)
         except ExpstateError as error:
+            self._seen.add(location.url)
             self.find("record", record.id, f"its place cannot be opened: {error}", "mend what the message names")
             return False
         there = folders.look(storage, problems.append)
         for problem in problems:
             self.find("snapshot", problem.path, problem.reason, "put it back from a copy, or remove it")
+        if problems or location.status == "present" or (there is not None and there.data.id == record.id):
+            self._seen.add(location.url)  # else what is there now may be recorded nowhere
         if there is None and problems:
             return True  # in pieces, but there
         if there is None or there.data.id != record.id:
-            if location.status == "present":
+            if there is None and _is_half_deleted(storage, record):
+                self.find("record", record.id, f"its deletion at {location.url!r} was interrupted", "expstate gc --yes")
+            elif location.status == "present":
                 what = "no snapshot is there" if there is None else f"another snapshot, {there.data.id[:8]}, is there"
                 self.find("record", record.id, f"{what}: {location.url!r}", "expstate scan")
             return False
@@ -287,6 +291,12 @@ class _Check:
         self._nbytes += report.nbytes
         for damage in report.damages:
             self.find("file", f"{url}/{damage.file}", str(damage), mend)
+
+
+def _is_half_deleted(storage: Storage, record: Record) -> bool:
+    """Whether a process died while it deleted this snapshot."""
+    found = status.unfinished_in(iter([storage]))
+    return any(one.action == "delete" and one.id == record.id and not one.alive for one in found)
 
 
 def _is_news(found: Annotations, known: Annotations | None) -> bool:

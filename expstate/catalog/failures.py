@@ -19,6 +19,7 @@ RAW = (sa.exc.SQLAlchemyError, sqlite3.Error, UnicodeError, OverflowError)
 """What a database may raise; psycopg's own errors reach us inside SQLAlchemy's."""
 
 _PASSING = {"40001", "40P01", "57P01", "57P02", "57P03", "08000", "08003", "08006", "08001", "08004", "08007"}
+_STALLED = "25P03"  # the server gave up waiting for this process
 _SHORT = 300
 _LOCKED = "is locked by another process; try again when that one is done"
 _CLOSED = "; check the permissions of the file and of its folder, or name another by EXPSTATE_CATALOG"
@@ -80,7 +81,9 @@ def translate(error: BaseException, place: CatalogPlace) -> CatalogError:
         return _of_server(error, place)
     text = _text(error)
     lower = text.lower()
-    if isinstance(error, UnicodeDecodeError) or any(sign in lower for sign in _DAMAGED):
+    # What Python has no narrower class for is damage, sometimes without a word.
+    is_bare = type(getattr(error, "orig", None) or error) is sqlite3.DatabaseError
+    if is_bare or isinstance(error, UnicodeDecodeError) or any(sign in lower for sign in _DAMAGED):
         return corrupt(place, text)
     reason = next((reason for sign, reason in _OF_SQLITE.items() if sign in lower), None)
     return _refused(place, text) if reason is None else unavailable(place, reason)
@@ -101,7 +104,7 @@ def _of_server(error: BaseException, place: CatalogPlace) -> CatalogError:
         return corrupt(place, "a table or column of it is missing")
     if state in {"25006", "42501"}:
         return unavailable(place, f"cannot be written: {text}; ask for the right to, or name another by EXPSTATE_CATALOG")
-    if state[:2] in {"08", "28", "3D", "40", "53", "57", "58"}:
+    if state == _STALLED or state[:2] in {"08", "28", "3D", "40", "53", "57", "58"}:
         return unavailable(place, f"cannot be used: {text}; check its URL and its server, and try again")
     return _refused(place, text)
 

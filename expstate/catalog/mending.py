@@ -50,7 +50,8 @@ def tells_right(row: Any, data: RecordData) -> bool:
         return False
     if row.digest != data.digest:
         return True
-    told = {name: getattr(data, name) for name in _COMPARED} | {"project": data.project or row.project}
+    # Provenance may have been switched off: what the manifest does not tell, the take knew.
+    told = {name: getattr(data, name) for name in _COMPARED} | {"project": data.project or row.project, "user": data.user or row.user}
     expected = {name: rows.indexable(value) if isinstance(value, str) else value for name, value in told.items()}
     return all(getattr(row, name) == value for name, value in expected.items()) and row.body == msgspec.json.encode(data.body).decode()
 
@@ -196,7 +197,8 @@ def enter_anew(connection: sa.Connection, seq: int, data: RecordData | None = No
         data = msgspec.structs.replace(data, annotations=merged)
     remove(connection, seq)
     # At no place, or what is there now would count as replaced.
-    new = rows.put(connection, msgspec.structs.replace(data, project=data.project or old["project"], url="", host=""))
+    known = {"project": data.project or old["project"], "user": data.user or old["user"]}
+    new = rows.put(connection, msgspec.structs.replace(data, **known, url="", host=""))
     connection.execute(sa.delete(schema.locations).where(schema.locations.c.record == new))
     for place in places:
         connection.execute(sa.insert(schema.locations).values({**place, "record": new}))

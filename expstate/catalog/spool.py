@@ -17,7 +17,7 @@ import msgspec
 
 from expstate.catalog import locks
 from expstate.catalog.model import RecordData  # noqa: TC001 - msgspec reads the annotation
-from expstate.errors import CatalogError, CatalogUnavailableError
+from expstate.errors import CatalogCorruptError, CatalogError, CatalogUnavailableError, CatalogVersionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,7 +118,7 @@ def _enter(lines: Sequence[Line], write: Callable[[Callable[[Any], int]], int]) 
         return 0
     try:
         return write(put_all)
-    except CatalogUnavailableError:
+    except (CatalogUnavailableError, CatalogCorruptError, CatalogVersionError):
         raise
     except CatalogError:
         if len(lines) == 1:

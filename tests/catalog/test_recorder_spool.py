@@ -19,7 +19,7 @@ import pytest
 from expstate import Catalog
 from expstate.catalog import locks, roots, rows, spool
 from expstate.catalog.database import Database
-from expstate.errors import CatalogError, CatalogUnavailableError
+from expstate.errors import CatalogCorruptError, CatalogError, CatalogUnavailableError, CatalogVersionError
 from tests.engine.processes import end_of, in_child, start_child
 
 from .plain import HOUR, all_of, count, data, put, urls
@@ -102,6 +102,26 @@ def test_a_record_that_no_database_takes_does_not_keep_others_waiting(any_catalo
 
     assert ["/runs/1", "/runs/3"] == urls(any_catalog)
     assert 0 == spool.pending(any_catalog.place)
+
+
+@pytest.mark.parametrize("trouble", ["newer", "damaged"])
+def test_what_waits_beside_a_catalog_that_nobody_can_read_goes_on_waiting(catalog: Catalog, trouble: str) -> None:
+    put(catalog, data(1))
+    spool.append(catalog.place, data(2))
+    path = Path(str(catalog.place.path))
+    sound = path.read_bytes()
+    if trouble == "newer":
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("UPDATE alembic_version SET version_num = '9999'")
+            other.commit()
+    else:
+        path.write_bytes(sound[:100] + b"garbage" * 1000)
+    with pytest.raises((CatalogCorruptError, CatalogVersionError)):
+        all_of(catalog)
+
+    assert 1 == spool.pending(catalog.place)
+    path.write_bytes(sound)
+    assert ["/runs/1", "/runs/2"] == urls(Catalog(path))
 
 
 def test_a_catalog_that_is_locked_is_read_all_the_same(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +318,13 @@ def test_several_threads_and_processes_add_at_once(catalog: Catalog) -> None:
         assert end_of(child, result).error is None
 
     assert {f"/{number}" for number in range(40)} == set(roots.read(catalog.place))
+
+
+def test_a_child_does_not_wait_for_a_lock_that_a_thread_of_its_parent_had(catalog: Catalog) -> None:
+    with roots._lock:
+        in_child(lambda: roots.add(catalog.place, "/runs/step-1"))
+
+    assert ("/runs",) == roots.read(catalog.place)
 
 
 def test_no_file_means_no_folders(catalog: Catalog) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expstate import Catalog, Snapshot, StateDict
+from expstate import Catalog, Snapshot, StateDict, settings
 from expstate.catalog.model import Record
 from expstate.errors import InvalidArgumentError, SnapshotNotFoundError
 from expstate.format import annotations as added
@@ -252,6 +252,19 @@ def test_what_a_scan_entered_is_found_again_when_the_catalog_is_lost(catalog: Ca
     catalog.scan()
 
     assert [taken.id] == ids(catalog)
+
+
+@pytest.mark.parametrize("level", ["minimal", "off"])
+def test_a_scan_keeps_what_the_manifest_does_not_tell(any_catalog: Catalog, take: Take, level: str) -> None:
+    """Whose a snapshot is and to which project it belongs is known to the take, though its provenance is not recorded."""
+    with settings.override(provenance=level):
+        taken = take(any_catalog, "a")
+    before = any_catalog[taken.id]
+    report = any_catalog.scan()
+
+    assert before.user
+    assert 0 == report.mended
+    assert before == any_catalog[taken.id]
 
 
 def test_places_on_other_machines_are_left_alone(catalog: Catalog, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:

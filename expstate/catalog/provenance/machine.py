@@ -112,7 +112,10 @@ def versions_of_torch(seen: Seen) -> dict[str, Any]:  # noqa: ARG001 - a gathere
 
 def _kind_in_use() -> str | None:
     """The kind of accelerator that this process has used."""
-    kind = torch.accelerator.current_accelerator()
+    try:
+        kind = torch.accelerator.current_accelerator()
+    except RuntimeError:  # what PyTorch 2.6 says where there is none
+        return None
     module = None if kind is None else getattr(torch, kind.type, None)
     is_initialized = getattr(module, "is_initialized", None)
     return kind.type if kind is not None and is_initialized is not None and is_initialized() else None
