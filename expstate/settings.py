@@ -86,8 +86,8 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and value < 0:
-                msg = f"setting {field.name} must not be negative, got {value}"
+            if isinstance(value, (int, float)) and not value >= 0:  # NaN is not
+                msg = f"setting {field.name} must be a number that is not negative, got {value}"
                 raise InvalidSettingError(msg)
         if self.data_file_bytes < MIB:
             msg = f"setting data_file_bytes must be at least 1 MiB, got {self.data_file_bytes}"

@@ -181,7 +181,7 @@ def unalias(catalog: Catalog, given: str) -> Record:
         found = rows.fetch(connection, connection.execute(query).scalars().all())
         if not found:
             near = difflib.get_close_matches(label, _claims(connection, project), n=5)
-            hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+            hint = f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(map(repr, near))}" if near else ""
             msg = f"no snapshot of project {project!r} has the alias {label!r}{hint}"
             raise RefNotFoundError(msg)
 

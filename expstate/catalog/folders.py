@@ -23,7 +23,7 @@ from expstate.storage import registry
 from expstate.storage.local import LocalStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from expstate.catalog.model import Location, RecordData
     from expstate.catalog.place import CatalogPlace
@@ -94,7 +94,11 @@ def identity(storage: Storage) -> tuple[str, str] | None:
         If its manifest is damaged.
     """
     data = read_committed(storage)
-    return None if data is None else manifests.identify(data)
+    try:
+        return None if data is None else manifests.identify(data)
+    except ExpstateError as error:
+        msg = f"{storage.url!r}: {error}"
+        raise type(error)(msg) from error
 
 
 def _check(data: RecordData, raw: bytes) -> None:
@@ -141,9 +145,11 @@ def roots_of(place: CatalogPlace) -> Sequence[str]:
     return roots.read(place)
 
 
-def near_roots(place: CatalogPlace, on_problem: Callable[[Problem], object]) -> Iterator[Storage]:
-    """Each folder that takes went to, and the folders in it."""
+def near_roots(place: CatalogPlace, on_problem: Callable[[Problem], object], but: Container[str] = ()) -> Iterator[Storage]:
+    """Each folder that takes went to, but for some, and the folders in it."""
     for url in roots_of(place):
+        if url in but:
+            continue
         try:
             storage = open_location(url)
         except ExpstateError as error:

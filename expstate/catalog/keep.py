@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from expstate.catalog import folders, model, refs, rows, schema
+from expstate.catalog import folders, model, refs, roots, rows, schema
 from expstate.catalog.provenance import current_project
 from expstate.catalog.prune import PrunePlan as PrunePlan  # noqa: PLC0414 - what ``plan`` gives
 from expstate.catalog.prune import plan as plan  # noqa: PLC0414 - what ``from expstate.catalog import keep`` is for
-from expstate.catalog.removal import check_unprotected, forget, one_project, remove, taker_if_not_us
+from expstate.catalog.removal import foresee, forget, one_project, remove, taker_if_not_us
 from expstate.engine.collect import GcReport, collect
 from expstate.errors import CatalogWarning, ExpstateError, InvalidArgumentError, SnapshotNotFoundError
 
@@ -53,17 +53,13 @@ def delete(
     named = one_project(project)
     record = refs.resolve(catalog, ref, project=named)
     _check_ours(record, named, any_user=any_user)
-    if dry_run:
-        if not force:
-            check_unprotected(record)
-        return record
-    remains = remove(catalog, record, force=force)
+    remains = foresee(record, force=force) if dry_run else remove(catalog, record, force=force)
     if remains and len(remains) == len(record.locations):
         if isinstance(remains[0].error, (ExpstateError, OSError)):
             raise remains[0].error
-        msg = f"snapshot {record.id[:8]} was not deleted: {remains[0]}"
+        msg = f"snapshot {record.id[:8]} cannot be deleted: {remains[0]}"
         raise SnapshotNotFoundError(msg)
-    if remains:
+    if remains and not dry_run:
         warnings.warn(
             f"snapshot {record.id[:8]} was not deleted everywhere, so its record stays: {'; '.join(map(str, remains))}",
             CatalogWarning,
@@ -116,14 +112,15 @@ def gc(catalog: Catalog, *, dry_run: bool = False, project: str | None = None) -
 
 
 def _folders(catalog: Catalog, project: str) -> Iterator[Storage]:
-    yield from folders.near_roots(catalog.place, lambda _: None)
     table = schema.locations
-    query = sa.select(table.c.url).join(schema.records).where(table.c.host.in_(["", model.this_host()])).distinct()
-    if project != "*":
-        query = query.where(schema.records.c.project == project)
+    query = sa.select(table.c.url, schema.records.c.project).join(schema.records).where(table.c.host.in_(["", model.this_host()]))
     with catalog.database.reading() as connection:
-        urls = [rows.restored_url(url) for url in connection.execute(query.order_by(table.c.url)).scalars()]
-    for url in urls:
+        found = [(rows.restored_url(url), of) for url, of in connection.execute(query.order_by(table.c.url))]
+    ours = dict.fromkeys(url for url, of in found if project in {"*", of})
+    # Of which project a dead take was, nobody knows: it is that of the snapshots beside it, and everybody's where there are none.
+    theirs = {roots.root_of(url) for url, _ in found} - set(map(roots.root_of, ours))
+    yield from folders.near_roots(catalog.place, lambda _: None, but=theirs)
+    for url in ours:
         try:
             yield folders.open_location(url)
         except ExpstateError:

@@ -61,7 +61,10 @@ def user_folder() -> Path:
         data = os.environ.get("XDG_DATA_HOME", "").strip() or "~/.local/share"  # what it says on Linux
         found = Path(os.path.expanduser(data)) / "expstate"  # noqa: PTH111 - Path's raises where there is no home
     else:
-        found = Path(platformdirs.user_data_dir("expstate", appauthor=False))
+        try:
+            found = Path(platformdirs.user_data_dir("expstate", appauthor=False))
+        except RuntimeError:  # what newer versions say of a user without a home
+            found = Path()
     if not found.is_absolute():
         msg = "the user has no home folder for a catalog; name one by EXPSTATE_CATALOG, or switch it off by EXPSTATE_CATALOG=off"
         raise CatalogUnavailableError(msg)
@@ -81,7 +84,7 @@ def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace |
     InvalidArgumentError
         If it names another kind of database.
     CatalogUnavailableError
-        If it is the user's own and the user has no home.
+        If it is the user's own and the user has no home, or a relative path and the working folder was removed.
     """
     text = os.fspath(given) if given is not None else settings.current().catalog
     if not isinstance(text, str) or "\0" in text:
@@ -94,14 +97,14 @@ def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace |
         return _file(user_folder() / FILE_NAME)
     scheme = _SCHEME.match(text)
     if scheme is None:
-        return _file(Path(os.path.abspath(os.path.expanduser(text))))  # noqa: PTH100, PTH111 - a later chdir must not move it
+        return _file(_absolute(os.path.expanduser(text)))  # noqa: PTH111 - Path's raises where there is no home
     kind = scheme.group()[:-3].lower()
-    if kind == "sqlite":
+    if kind in {"sqlite", "sqlite+pysqlite"}:
         name = text[scheme.end() :]
         if not name.startswith("/") or len(name) == 1 or "?" in name:
             msg = "a catalog in memory, on a host or with options is of no use, name a file: sqlite:///relative or sqlite:////absolute"
             raise InvalidArgumentError(msg)
-        return _file(Path(os.path.abspath(name[1:])))  # noqa: PTH100 - as above
+        return _file(_absolute(name[1:]))
     if kind in {"postgresql", "postgresql+psycopg"}:
         # All before the last @ is nobody's business, whatever a password is made of.
         where = _SERVER.fullmatch(text[scheme.end() :].rpartition("@")[2].partition("?")[0])
@@ -109,7 +112,10 @@ def catalog_place(given: str | os.PathLike[str] | None = None) -> CatalogPlace |
             msg = "the URL of a catalog is postgresql+psycopg://user:password@host:port/database, and the one given cannot be read"
             raise InvalidArgumentError(msg)
         shown = f"postgresql+psycopg://{where.group()}"
-        folder = user_folder()
+        try:
+            folder = user_folder()
+        except CatalogUnavailableError:  # a server is of use without a home; only nothing can be kept beside it
+            folder = Path(os.devnull) / "expstate"
         spool = folder / f"spool-{hashlib.sha256(shown.encode()).hexdigest()[:16]}.jsonl"
         return CatalogPlace(None, "postgresql+psycopg" + text[len(scheme.group()) - 3 :], shown, spool, folder / "roots.txt")
     msg = f"a catalog is an SQLite file or a PostgreSQL database, got {kind}://"
@@ -121,6 +127,15 @@ def package_missing(error: ImportError) -> CatalogUnavailableError:
     return CatalogUnavailableError(
         f"the catalog needs a package that is missing: pip install {(error.name or 'expstate').partition('.')[0]}"
     )
+
+
+def _absolute(path: str) -> Path:
+    """A path that a later chdir does not move."""
+    try:
+        return Path(os.path.abspath(path))  # noqa: PTH100 - Path's follows links
+    except FileNotFoundError:
+        msg = f"the catalog {path!r} is named by a relative path, and the working folder was removed"
+        raise CatalogUnavailableError(msg) from None
 
 
 def _file(path: Path) -> CatalogPlace:

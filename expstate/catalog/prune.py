@@ -19,7 +19,7 @@ from expstate.catalog import folders, removal, rows, schema
 from expstate.catalog.model import time_of
 from expstate.catalog.query import literal
 from expstate.catalog.records import Records
-from expstate.engine.report import bytes_text
+from expstate.engine.report import bytes_text, counted
 from expstate.errors import CatalogUnavailableError, ExpstateError, InvalidArgumentError
 from expstate.progress import Progress, ProgressOption, check_option
 from expstate.state import paths
@@ -86,7 +86,7 @@ class PruneReport:
     seconds: float
 
     def __str__(self) -> str:
-        lines = [f"deleted {len(self.deleted):,} snapshots ({bytes_text(self.nbytes)})"]
+        lines = [f"deleted {counted(len(self.deleted), 'snapshot')} ({bytes_text(self.nbytes)})"]
         lines += [f"  left alone: {_name(skipped.record)}: {paths.printable(skipped.reason)}" for skipped in self.skipped]
         return "\n".join(lines)
 
@@ -178,7 +178,7 @@ class PrunePlan:
         return "; ".join(map(str, remains)) or None
 
     def __str__(self) -> str:
-        lines = [f"would delete {len(self.delete):,} snapshots ({bytes_text(self.nbytes)}) and keep {len(self.keep):,}"]
+        lines = [f"would delete {counted(len(self.delete), 'snapshot')} ({bytes_text(self.nbytes)}) and keep {len(self.keep):,}"]
         lines += _lines(((record, "delete") for record in self.delete), len(self.delete))
         lines += _lines(((kept.record, f"keep: {', '.join(kept.reasons)}") for kept in self.keep), len(self.keep))
         return "\n".join(lines)
@@ -297,7 +297,7 @@ def _seconds(value: object) -> float:
     elif isinstance(value, str):
         seconds = literal.duration(value.strip())
     if seconds is None or not 0 <= seconds < math.inf:
-        msg = f"older_than must be a duration such as '7d' or '12h', or a timedelta, got {value!r}"
+        msg = f"older_than must be a duration such as '7d' or '12h', got {value!r}"
         raise InvalidArgumentError(msg)
     return seconds
 
@@ -320,7 +320,7 @@ def _untouched(record: Record, rules: Rules) -> str | None:
         return "replaced: another snapshot is at its place"
     if not removal.present(record):
         elsewhere = sorted({location.host for location in record.locations if not folders.is_reachable(location, record.id)})
-        return f"on the disk of {elsewhere[0]!r}" if elsewhere else "not found at its place: run `expstate scan`"
+        return f"on the disk of {elsewhere[0]!r}" if elsewhere else "not found at its place: `expstate check` says why"
     return None
 
 

@@ -32,7 +32,7 @@ REST_SECONDS = 60.0
 
 _SHARE_OF_CATALOG = 0.8  # of the time that a take may be delayed; the rest is for the spool
 _SHARE_OF_LOCK = 0.9  # of that, so that it is the catalog that says what it waits for
-_LEAST_SECONDS = 0.2
+_LEAST_SECONDS, _MOST_SECONDS = 0.2, 24 * 3600.0  # no clock counts to infinity
 _log = logging.getLogger("expstate")
 
 
@@ -174,6 +174,7 @@ class Recorder:
     def __init__(self, place: CatalogPlace) -> None:
         self._place = place
         self._desk = _desk(place)
+        self._timeout_seconds = min(settings.current().catalog_timeout_seconds, _MOST_SECONDS)
 
     @property
     def place(self) -> CatalogPlace:
@@ -183,18 +184,17 @@ class Recorder:
     def prepare(self) -> None:
         """Import and open what recording needs, while the data is being written; never raises."""
         if not self._desk.is_warm and not self._desk.rests:
-            _Job(functools.partial(self._desk.prepare, settings.current().catalog_timeout_seconds)).start()
+            _Job(functools.partial(self._desk.prepare, self._timeout_seconds)).start()
 
     def record(self, data: RecordData) -> None:
         """Enter a record, or keep it in the spool; raises nothing, and waits no longer than the setting allows.
 
         An interrupt by the user passes, when the record is safe.
         """
-        timeout_seconds = settings.current().catalog_timeout_seconds
         if self._desk.rests:
-            self._keep(data, timeout_seconds, "it has failed a short time ago")
+            self._keep(data, "it has failed a short time ago")
             return
-        patience = timeout_seconds * _SHARE_OF_CATALOG
+        patience = self._timeout_seconds * _SHARE_OF_CATALOG
         job = _Job(functools.partial(self._enter, data, patience * _SHARE_OF_LOCK), self._desk.enter_spool)
         try:
             job.start()
@@ -202,10 +202,10 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - whatever it is, the snapshot was taken
             self._desk.let_rest(job)
             self._desk.notices.clear()  # this says more
-            self._keep(data, timeout_seconds, error)
+            self._keep(data, error)
         except BaseException:
             with contextlib.suppress(Exception):
-                self._append(data, timeout_seconds)
+                self._append(data)
             raise
         while self._desk.notices:
             _warn(self._desk.notices.pop())
@@ -214,7 +214,7 @@ class Recorder:
         self._desk.add_root(data.url)
         self._desk.enter(data, timeout_seconds)
 
-    def _append(self, data: RecordData, timeout_seconds: float) -> None:
+    def _append(self, data: RecordData) -> None:
         """Put a record into the spool."""
 
         def append() -> None:
@@ -223,38 +223,38 @@ class Recorder:
 
         job = _Job(append)
         job.start()
-        job.wait(max(_LEAST_SECONDS, timeout_seconds * (1 - _SHARE_OF_CATALOG)))
+        job.wait(max(_LEAST_SECONDS, self._timeout_seconds * (1 - _SHARE_OF_CATALOG)))
 
-    def _keep(self, data: RecordData, timeout_seconds: float, failure: Exception | str) -> None:
+    def _keep(self, data: RecordData, failure: Exception | str) -> None:
         """Put a record into the spool, and say once what has happened."""
         if isinstance(failure, CatalogCorruptError):
             mending = "run `expstate scan`: it builds the catalog anew, and enters the record"
         else:
             mending = "the record waits beside it, and is entered when the catalog is next used; `expstate status` tells what waits"
         try:
-            self._append(data, timeout_seconds)
+            self._append(data)
         except Exception as error:  # noqa: BLE001 - a scan will find the snapshot
             folder = roots.root_of(data.url)
             mending = f"nor can the record be kept ({_reason(error)}); run `expstate scan {folder!r}` when the catalog works"
-        self._say(data, failure, mending)
-
-    def _say(self, data: RecordData, failure: Exception | str, mending: str) -> None:
-        global _is_warned  # noqa: PLW0603 - one warning per process
-        message = (
+        _say_once(
             f"the snapshot at {data.url!r} is safe, but was not entered into the catalog {self._place.shown!r}: "
             f"{_reason(failure)}; {mending}"
         )
-        if _is_warned:
-            _log.info("%s", message)
-            return
-        _is_warned = True
-        _warn(f"{message} (said once per process)")
 
 
 def _reason(failure: Exception | str) -> str:
     if isinstance(failure, (str, ExpstateError, TimeoutError)):
         return str(failure)
     return f"{type(failure).__name__}: {failure}"
+
+
+def _say_once(message: str) -> None:
+    global _is_warned  # noqa: PLW0603 - one warning per process
+    if _is_warned:
+        _log.info("%s", message)
+        return
+    _is_warned = True
+    _warn(f"{message} (said once per process)")
 
 
 def _warn(message: str) -> None:
@@ -281,7 +281,7 @@ def recorder(option: Catalog | str | os.PathLike[str] | bool | None) -> Recorder
         try:
             place = catalog_place(option)
         except CatalogUnavailableError as error:
-            _warn(f"{error}; the take is not recorded")
+            _say_once(f"{error}; the take is not recorded")
             return None
     elif isinstance(getattr(option, "place", None), CatalogPlace):
         place = option.place

@@ -209,9 +209,9 @@ class _Asked:
             hints += self._near_ids(connection, self._prefix)
         elsewhere = self._elsewhere(connection)
         if elsewhere is not None:
-            return f'; project {_short(elsewhere)} has one, which project="*" or its id finds'
+            return f"; project {_short(elsewhere)} has one, which project={_short(elsewhere)} or its id finds"
         if hints:
-            return f"; the nearest are {', '.join(hints)}"
+            return f"; the nearest {'is' if len(hints) == 1 else 'are'} {', '.join(hints)}"
         if _SHORT.fullmatch(self._text):
             return "; of an id at least 4 digits are needed"
         return ""

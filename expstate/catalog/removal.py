@@ -15,9 +15,11 @@ from expstate.catalog import folders, mending, rows, schema
 from expstate.catalog.provenance import current_project, current_user
 from expstate.engine import annotate, attempt, collect
 from expstate.errors import (
+    CatalogError,
     ExpstateError,
     InvalidArgumentError,
     SnapshotChangedError,
+    SnapshotCorruptError,
     SnapshotNotFoundError,
     SnapshotPinnedError,
     SnapshotReplacedError,
@@ -61,7 +63,7 @@ class Remains:
     error: Exception | None = None
 
     def __str__(self) -> str:
-        return f"{self.location.url}: {self.reason}"
+        return f"{self.location.url}: {self.reason.removeprefix(f'{self.location.url!r}: ')}"
 
 
 def present(record: Record) -> bool:
@@ -99,12 +101,16 @@ def remove(catalog: Catalog, record: Record, *, force: bool, keep_tagged: bool =
         If it is protected; nothing was removed.
     SnapshotChangedError
         If what lies at one of its places has its id and is not it; nothing was removed.
+    CatalogError
+        If the catalog cannot be written: nothing was removed, or the message says that the snapshot was.
     """
-    here, gone, remains = _look(record)
-    if not force:
-        check_unprotected(record, [storage for _, storage in here])
+    here, gone, remains = _look(record, force=force)
     if keep_tagged:
         _check_untagged(record, [storage for _, storage in here])
+    with catalog.database.writing():
+        pass  # what cannot be recorded is better known before anything is gone
+    for location in gone:
+        _finish(location)
     try:
         for location, storage in here:
             try:
@@ -119,12 +125,21 @@ def remove(catalog: Catalog, record: Record, *, force: bool, keep_tagged: bool =
             gone.append(location)
     finally:
         # Whatever comes between, the catalog does not tell of what is gone.
-        _forget(catalog, record, gone)
+        try:
+            _forget(catalog, record, gone)
+        except CatalogError as error:
+            msg = f"snapshot {record.id[:8]} was deleted, but its record was not; delete {record.id} again to remove that too: {error}"
+            raise type(error)(msg) from error
     return tuple(remains)
 
 
-def _look(record: Record) -> tuple[list[tuple[Location, Storage]], list[Location], list[Remains]]:
-    """Where a snapshot lies, where it is no more, and where that cannot be told or changed from here."""
+def foresee(record: Record, *, force: bool) -> tuple[Remains, ...]:
+    """What ``remove`` would leave, and its errors; nothing is touched."""
+    return tuple(_look(record, force=force)[2])
+
+
+def _look(record: Record, *, force: bool) -> tuple[list[tuple[Location, Storage]], list[Location], list[Remains]]:
+    """Where a snapshot lies, where it is no more, and where that cannot be told or changed from here; a protected one is refused."""
     here: list[tuple[Location, Storage]] = []
     gone: list[Location] = []
     remains: list[Remains] = []
@@ -135,35 +150,31 @@ def _look(record: Record) -> tuple[list[tuple[Location, Storage]], list[Location
         try:
             storage = folders.open_location(location.url)
             found = folders.identity(storage)
+        except SnapshotCorruptError as error:
+            reason = f"{error}; put it back from a copy, or remove its files by hand and delete it again"
+            remains.append(Remains(location, reason, type(error)(reason)))
+            continue
         except (ExpstateError, OSError) as error:
             remains.append(Remains(location, str(error), error))
             continue
         if found is None or found[0] != record.id:
             gone.append(location)
-            _finish(storage)
         elif found[1] != location.digest:
             msg = f"what lies at {location.url!r} has the id {record.id[:8]} and is not what was recorded; run `expstate scan` on it first"
             raise SnapshotChangedError(msg)
         else:
             here.append((location, storage))
+    if not force:
+        annotate.check_unprotected(f"snapshot {record.id[:8]}", record.aliases, pinned=record.pinned)
+        for _, storage in here:
+            annotate.check_removable(storage, record.id)
     return here, gone, remains
 
 
-def _finish(storage: Storage) -> None:
+def _finish(location: Location) -> None:
     """Finish a deletion that was interrupted."""
     with contextlib.suppress(ExpstateError, OSError):
-        collect.collect([storage], dry_run=False)
-
-
-def check_unprotected(record: Record, storages: Sequence[Storage] = ()) -> None:
-    """Refuse what is pinned or has an alias, as the record or one of these folders says."""
-    reasons = ["is pinned"] if record.pinned else []
-    reasons += [f"has the alias {alias!r}" for alias in record.aliases]
-    if reasons:
-        msg = f"snapshot {record.id[:8]} {' and '.join(reasons)}; take that back, or pass force=True"
-        raise SnapshotPinnedError(msg)
-    for storage in storages:
-        annotate.check_removable(storage, record.id)
+        collect.collect([folders.open_location(location.url)], dry_run=False)
 
 
 def _check_untagged(record: Record, storages: Sequence[Storage]) -> None:

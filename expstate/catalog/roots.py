@@ -100,3 +100,12 @@ def _read(line: str) -> str:
             return line
         return found if isinstance(found, str) else line
     return line
+
+
+def _forget() -> None:
+    global _lock  # noqa: PLW0603 - the parent's may be held by a thread that the child does not have
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

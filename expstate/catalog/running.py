@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from expstate.catalog.model import Record, host_of
+from expstate.catalog.provenance import redact
 from expstate.state.values import decode
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def enter(pending: Pending, metadata: Metadata, place: CatalogPlace, project: Ca
         project="",
         user=None,
         host=host_of(pending.path) or None,
-        url=pending.path,
+        url=redact.url(pending.path),
         locations=(),
         step=metadata.step,
         created_at=dt.datetime.now(dt.timezone.utc),

@@ -22,6 +22,7 @@ from expstate.catalog import database as databases
 from expstate.catalog import folders, mending, model, roots, rows, schema, sqlite
 from expstate.catalog.folders import Problem, look
 from expstate.catalog.provenance import current_project
+from expstate.engine.report import counted
 from expstate.errors import (
     CatalogCorruptError,
     CatalogError,
@@ -87,7 +88,7 @@ class ScanReport:
         counts = [f"{len(self.entered):,} entered", f"{self.known:,} known"]
         counts += [f"{len(places):,} {what}" for what in ("replaced", "missing") if (places := getattr(self, what))]
         counts += [f"{self.mended:,} mended"] if self.mended else []
-        lines = [f"scanned {self.folders:,} folders in {self.seconds:.1f} s: {', '.join(counts)}"]
+        lines = [f"scanned {counted(self.folders, 'folder')} in {self.seconds:.1f} s: {', '.join(counts)}"]
         if self.put_aside is not None:
             lines.append(f"the catalog was damaged and built anew; the old one is {paths.printable(self.put_aside)}")
         for what in ("replaced", "missing", "damaged"):

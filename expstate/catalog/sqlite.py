@@ -72,7 +72,8 @@ class SQLiteFile:
                 self._place, "was in use when this process was forked, and must not be opened here; start processes by spawn"
             )
         exists = self.path.exists()
-        self.is_read_only = not (os.access(self.path.parent, os.W_OK | os.X_OK) and (not exists or os.access(self.path, os.W_OK)))
+        folder = os.path.dirname(os.path.realpath(self.path))  # noqa: PTH120 - where SQLite puts its logs, if the path is a link
+        self.is_read_only = not (os.access(folder, os.W_OK | os.X_OK) and (not exists or os.access(self.path, os.W_OK)))
         if self.is_read_only:
             if not exists:
                 raise failures.unavailable(
@@ -80,7 +81,7 @@ class SQLiteFile:
                 )
             self._options = self._readable()
             self._notify(f"the catalog {self._place.shown!r} is read-only: it is searched as it is, and nothing new is entered")
-        self.is_on_network = filesystems.is_network(self.path.parent)
+        self.is_on_network = filesystems.is_network(self.path)
         if self.is_on_network:
             self._notify(
                 f"the catalog {self._place.shown!r} is on a network file system, where its processes wait for each other; "

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from expstate.catalog import folders, model, schema, spool
 from expstate.engine.lease import LEASE_SECONDS, decode_lease, is_dead
-from expstate.engine.report import bytes_text
+from expstate.engine.report import bytes_text, counted
 from expstate.errors import CatalogError, ExpstateError
 from expstate.format import names
 from expstate.state import paths
@@ -106,16 +106,16 @@ class Status:
     def __str__(self) -> str:
         if self.problem is None:
             size = "" if self.nbytes is None else f", {bytes_text(self.nbytes)}"
-            held = f"{sum(self.records.values()):,} records in {len(self.records):,} projects"
+            held = f"{counted(sum(self.records.values()), 'record')} in {counted(len(self.records), 'project')}"
             lines = [f"catalog {paths.printable(self.url)}: version {self.version}{size}, {held}"]
             lines += [f"{what}: {found:,}" for what in ("missing", "replaced") if (found := getattr(self, what))]
         else:
-            lines = [f"catalog {paths.printable(self.url)}: {paths.printable(self.problem)}"]
+            lines = [f"catalog {paths.printable(self.url)}: {paths.printable(self.problem.removeprefix(f'the catalog {self.url!r} '))}"]
         if self.spooled:
-            lines.append(f"{self.spooled:,} records wait to be entered")
+            lines.append(f"waiting to be entered: {counted(self.spooled, 'record')}")
         lines += [str(unfinished) for unfinished in self.unfinished]
         if any(not unfinished.alive for unfinished in self.unfinished):
-            lines.append("`expstate gc` removes what the dead left")
+            lines.append("`expstate gc --all` shows what the dead left, and removes it with --yes")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

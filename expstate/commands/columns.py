@@ -57,6 +57,7 @@ _SYNONYMS = {
     "written_bytes": "written",
 }
 _NUMBERS = frozenset({"step", "age", "duration", "size", "written", "world_size"})
+_MARKS = ("pinned", "aliases", "tags")
 _ALWAYS = ("name", "id", "age", "size")
 _USUAL = ("name", "id", "project", "age", "step", "size", "tags", "aliases", "pinned", "status")
 
@@ -85,6 +86,11 @@ class RecordColumn:
             value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values
         )
         self.column = Column(name, is_number or name in _NUMBERS)
+
+    @property
+    def is_metric(self) -> bool:
+        """Whether it is no field and no param."""
+        return self._source == "metrics"
 
     def _value(self, record: Record) -> Any:
         return getattr(record, self._source).get(self._name)
@@ -126,6 +132,13 @@ def usual(records: Sequence[Record], question: str, *, with_project: bool) -> li
     metrics = sorted(counts, key=lambda name: (name not in asked, -counts[name], order[name]))[:_METRICS]
     columns = chosen(names, records)
     return columns + chosen([name if name not in FIELDS else f"metric.{name}" for name in metrics], records)
+
+
+def to_leave_out(table: Sequence[RecordColumn]) -> RecordColumn | None:
+    """The column that a terminal without room for all can do without first: a metric but for the first, then what marks a few."""
+    metrics = [column for column in table if column.is_metric]
+    marks = [column for name in _MARKS for column in table if column.column.title == name and not column.is_metric]
+    return next(iter([*reversed(metrics[1:]), *marks]), None)
 
 
 def _git(record: Record, name: str) -> str | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expstate.catalog.model import Location, Record, describe, effective, host_of, value_of
+from expstate.catalog.provenance import current_project
 from expstate.commands import columns
 from expstate.commands.plain import plain
-from expstate.commands.texts import age_text, counted, entry_row, joined, value_text
+from expstate.commands.texts import age_text, entry_row, joined, value_text
 from expstate.commands.verb import REF, Verb, argument
 from expstate.commands.view import Column
 from expstate.engine import annotate
-from expstate.engine.report import bytes_text
+from expstate.engine.report import bytes_text, counted
 from expstate.errors import CatalogError, RefNotFoundError
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
 
     from expstate.catalog.lineage import Lineage
@@ -38,11 +39,11 @@ def _now() -> dt.datetime:
 
 
 def _count(text: str) -> int:
-    """A whole number from 0 on; argparse makes a message of the error."""
-    count = int(text)
-    if count < 0:
-        raise ValueError(text)
-    return count
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        msg = f"a whole number from 0 on is needed, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
 
 
 def _list(session: Session, arguments: argparse.Namespace) -> Records:
@@ -55,14 +56,28 @@ def _list(session: Session, arguments: argparse.Namespace) -> Records:
 def _show_list(records: Records, view: View, arguments: argparse.Namespace) -> None:
     shown = list(records)
     if not shown:
-        view.line("no snapshots" if arguments.query is None else "no snapshots fulfil the query")
+        where = "" if arguments.all else f" in project {current_project()!r}"
+        view.line(f"no snapshots{where}" if arguments.query is None else f"no snapshots{where} fulfil the query")
+        if arguments.query is None:
+            elsewhere = "" if arguments.all else "--all looks in all projects; "
+            view.line(f"{elsewhere}`expstate scan` enters those in the folders that takes went to")
         return
     if arguments.columns:
         table = columns.chosen([name.strip() for name in arguments.columns.split(",")], shown)
     else:
         table = columns.usual(shown, f"{arguments.query or ''} {arguments.sort or ''}", with_project=arguments.all)
     now = _now()
-    view.table([one.column for one in table], [[one.cell(record, now) for one in table] for record in shown])
+
+    def titles_and_cells() -> tuple[list[Column], list[list[str]]]:
+        return [one.column for one in table], [[one.cell(record, now) for one in table] for record in shown]
+
+    left_out = []
+    while not arguments.columns and not view.fits(*titles_and_cells()) and (least := columns.to_leave_out(table)) is not None:
+        table.remove(least)
+        left_out.append(least.column.title)
+    view.table(*titles_and_cells())
+    if left_out:
+        view.line(f"no room for {joined(left_out)}; --columns shows those that you name")
     more = len(arguments.found) - len(records)
     if more > 0 and arguments.limit is None:
         view.line(f"and {more:,} more; --limit 0 shows all")

@@ -5,16 +5,18 @@ What would remove data shows what would go, and does it with ``--yes`` alone.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expstate.commands.plain import plain
-from expstate.commands.texts import counted, joined, value_text
+from expstate.commands.texts import joined, value_text
 from expstate.commands.verb import REF, YES, Verb, argument, command_line, title
 from expstate.commands.view import Column
 from expstate.engine import collect
-from expstate.engine.report import bytes_text
-from expstate.errors import ExpstateError, InvalidArgumentError
+from expstate.engine.report import bytes_text, counted
+from expstate.errors import ExpstateError, InvalidArgumentError, SnapshotCorruptError, SnapshotNotFoundError
+from expstate.storage import registry
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from expstate.commands.view import View
     from expstate.engine.collect import GcReport
     from expstate.engine.report import VerifyReport
+    from expstate.snapshot import Snapshot
 
 _RECORD = (Column("name"), Column("id"), Column("step", is_number=True), Column("size", is_number=True))
 _FORCE = argument("--force", action="store_true", help="also what is pinned or has an alias")
@@ -162,11 +165,21 @@ def _show_prune(removal: Removal, view: View, arguments: argparse.Namespace) -> 
         _say_how(removal, view)
 
 
+def _left_alone(removal: Removal, arguments: argparse.Namespace) -> int:
+    """1 if something was to go and did not."""
+    del arguments
+    return int(removal.done and bool(removal.what.skipped))
+
+
 # gc
 
 
 def _gc(session: Session, arguments: argparse.Namespace) -> Removal:
     if arguments.paths:
+        for path in arguments.paths:
+            if not os.path.isdir(registry.open_storage(path).url):  # noqa: PTH112 - as the storage has it
+                msg = f"there is no folder {path!r} to look below"
+                raise SnapshotNotFoundError(msg)
         reports = [collect.gc(path, dry_run=not arguments.yes) for path in arguments.paths]
         report = collect.GcReport(
             *(tuple(item for one in reports for item in getattr(one, name)) for name in ("removed", "alive", "damaged"))
@@ -199,20 +212,42 @@ def _show_gc(removal: Removal, view: View, arguments: argparse.Namespace) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A snapshot and what was found of it."""
+    """A snapshot and what was found of it; why nothing was, if its manifest is damaged."""
 
     path: str
-    report: VerifyReport
+    report: VerifyReport | None
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is whole."""
+        return self.report is not None and self.report.ok
 
 
 def _verify(session: Session, arguments: argparse.Namespace) -> tuple[Verified, ...]:
-    snapshots = [session.snapshot(ref) for ref in arguments.refs]
-    return tuple(Verified(snapshot.path, snapshot.verify()) for snapshot in snapshots)
+    # All are found before the first is read, and one without a manifest does not keep the others from being read.
+    found: list[Snapshot | Verified] = []
+    for ref in arguments.refs:
+        try:
+            found.append(session.snapshot(ref))
+        except SnapshotCorruptError as error:
+            found.append(Verified(ref, None, str(error)))
+    return tuple(one if isinstance(one, Verified) else _verified(one) for one in found)
+
+
+def _verified(snapshot: Snapshot) -> Verified:
+    try:
+        return Verified(snapshot.path, snapshot.verify())
+    except SnapshotCorruptError as error:
+        return Verified(snapshot.path, None, str(error).removeprefix(f"{snapshot.path!r}: "))
 
 
 def _show_verify(found: Iterable[Verified], view: View, arguments: argparse.Namespace) -> None:
     del arguments
     for one in found:
+        if one.report is None:
+            view.line(f"{one.path}: {one.problem}")
+            continue
         view.text(f"{one.path}: {_all_damage(one.report)}")
         for name in one.report.unknown_files:
             view.line(f"  not of the snapshot, and harmless: {name}")
@@ -274,7 +309,8 @@ VERBS = (
         name="prune",
         library="catalog.prune",
         help="Delete the snapshots that no rule keeps.",
-        details="Only shown until you say --yes. What is pinned, tagged or has an alias stays, and what others took.",
+        details="Only shown until you say --yes. What is pinned, tagged or has an alias stays, and what others took. "
+        "Exits with 1 if one that was to go could not be deleted.",
         example="expstate prune --keep-last 3 --keep-best loss:min:3 --older-than 30d",
         arguments=(
             argument("--keep-last", type=int, metavar="N", help="the newest so many stay"),
@@ -291,6 +327,7 @@ VERBS = (
         call=_prune,
         show=_show_prune,
         data=_removal_data("plan"),
+        status=_left_alone,
     ),
     Verb(
         name="gc",
@@ -316,7 +353,7 @@ VERBS = (
         arguments=(_REFS,),
         call=_verify,
         show=_show_verify,
-        status=lambda found, _: int(not all(one.report.ok for one in found)),
+        status=lambda found, _: int(not all(one.ok for one in found)),
         widens=True,
     ),
     Verb(

@@ -6,11 +6,16 @@ A notebook's magic gives a parser class of its own; the verbs, their arguments a
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
+import textwrap
 from typing import TYPE_CHECKING
 
 from expstate.commands.table import VERBS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from expstate.commands.verb import Verb
 
 DESCRIPTION = "Keep the state of PyTorch experiments: find the snapshots that were taken, compare them, read, export and throw them away."
@@ -22,7 +27,7 @@ delete, prune and gc only show what would go, until you say --yes.
 
 exit status:
   0    done
-  1    it failed; or there is what verify or check look for; or, with diff --exit-code, a difference
+  1    it failed; or there is what verify or check look for; or prune could not delete all; or, with diff --exit-code, a difference
   2    the command line was not understood
   130  interrupted
   141  nobody reads the output any more
@@ -33,11 +38,38 @@ ISO 8601 in UTC; floats that JSON has not are the texts "nan", "inf" and "-inf",
 """
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves texts as they are, and room for the longest option."""
+_STATUS = re.compile(r"  \d+ +")
+"""What comes before the meaning of an exit status."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Folds paragraphs, leaves what is indented as it is, and has room for the longest option."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        self._action_max_length += 2  # verbs are indented once more, which argparse does not count
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for is_table, group in itertools.groupby(text.splitlines(), lambda line: line[:1].isspace()):
+            for line in group if is_table else _paragraphs(group):
+                status = _STATUS.match(line)
+                if is_table and not status:
+                    lines.append(indent + line)  # a command, to be copied
+                    continue
+                hanging = " " * len(status[0]) if status else ""
+                lines += textwrap.wrap(line, width, initial_indent=indent, subsequent_indent=indent + hanging) or [""]
+        return "\n".join(lines)
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Lines that follow each other as one; an empty one stays."""
+    for has_text, group in itertools.groupby(lines, bool):
+        joined = " ".join(group)
+        yield joined if has_text else ""
 
 
 def build_parser(

@@ -12,11 +12,10 @@ import msgspec
 import torch
 
 from expstate.commands.plain import plain
-from expstate.commands.texts import counted
 from expstate.commands.verb import REF, Verb, argument
 from expstate.commands.view import Column
 from expstate.diff import show
-from expstate.engine.report import bytes_text
+from expstate.engine.report import bytes_text, counted
 from expstate.errors import InvalidArgumentError
 from expstate.state.paths import matcher, printable
 
@@ -305,7 +304,7 @@ VERBS = (
         arguments=(
             REF,
             argument("dest", metavar="DEST", help="a folder to make, or one without a snapshot: a path or URL"),
-            argument("--no-provenance", action="store_true", help="leave out where it came from; the copy is then another snapshot"),
+            argument("--no-provenance", action="store_true", help="leave out where it came from; its manifest is then another"),
         ),
         call=_copy,
         show=_show_copy,

@@ -65,7 +65,9 @@ def run(arguments: argparse.Namespace, *, program: str = "expstate") -> int:
             raise
         message = _with_options(message, verb)
         if as_json:
-            _print_json({"error": message, "type": type(error).__name__})
+            with contextlib.suppress(OSError):  # which may be the error
+                _print_json({"error": message, "type": type(error).__name__})
+                sys.stdout.flush()
         _say(f"{program}: error: {message}")
         return FAILED
     finally:

@@ -48,17 +48,6 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-def counted(count: int, what: str) -> str:
-    """So many of something.
-
-    >>> counted(1, "snapshot"), counted(1200, "snapshot"), counted(2, "entry")
-    ('1 snapshot', '1,200 snapshots', '2 entries')
-    """
-    if count != 1:
-        what = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
-    return f"{count:,} {what}"
-
-
 def joined(items: Iterable[str]) -> str:
     """Words in one cell."""
     return ", ".join(items)

@@ -1,7 +1,7 @@
 """What a person sees: lines, pairs and tables, on a terminal with rich, elsewhere as plain text.
 
 Every text goes through ``clean``: names and notes come from files that anybody may have written. Nothing is cut off: a terminal that is too
-narrow folds a cell, and what is not a terminal gets lines as long as they are.
+narrow folds a cell, or shows a row as pairs; what is not a terminal gets lines as long as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from expstate.state import paths
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _NARROW = 12
 """Columns no wider than this are not folded."""
+_GAP = 2
+"""Between columns."""
 
 
 def clean(text: str) -> str:
@@ -87,26 +89,43 @@ class View:
                 name_shown = ""
             self._stream.write("\n".join([f"{name_shown}{gap}{first}", *(" " * (width + 2) + other for other in others)]) + "\n")
 
+    def fits(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> bool:
+        """Whether this can be shown as a table; what is not a terminal has room for everything."""
+        if self._console is None:
+            return True
+        needed: int = sum(min(width, _NARROW) for width in _widths(columns, rows)) + _GAP * (len(columns) - 1)
+        return needed <= int(self._console.width)
+
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
         """A table."""
         columns = [Column(clean(column.title), column.is_number) for column in columns]
         cells = [[clean(cell) for cell in row] for row in rows]
         if self._console is None:
             self._stream.write(_plain_table(columns, cells))
-        else:
+        elif self.fits(columns, cells):
             self._console.print(_rich_table(columns, cells))
+        else:
+            titles = [column.title for column in columns]
+            for number, row in enumerate(cells):
+                if number:
+                    self.line()
+                self.pairs((title, cell) for title, cell in zip(titles, row, strict=True) if cell)
+
+
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(width_of(cell) for cell in (column.title, *(row[number] for row in rows))) for number, column in enumerate(columns)]
 
 
 def _plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
     lines = [[column.title for column in columns], *rows]
-    widths = [max(width_of(line[number]) for line in lines) for number in range(len(columns))]
+    widths = _widths(columns, rows)
     text = ""
     for line in lines:
         shown = []
         for cell, width, column in zip(line, widths, columns, strict=True):
             gap = " " * (width - width_of(cell))
             shown.append(gap + cell if column.is_number else cell + gap)
-        text += "  ".join(shown).rstrip() + "\n"
+        text += (" " * _GAP).join(shown).rstrip() + "\n"
     return text
 
 
@@ -132,15 +151,11 @@ def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Any
     from rich.table import Table  # noqa: PLC0415 - as above
     from rich.text import Text  # noqa: PLC0415 - as above
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        widest = max((width_of(cell) for cell in (column.title, *(row[number] for row in rows))), default=0)
-        table.add_column(
-            Text(column.title),
-            justify="right" if column.is_number else "left",
-            overflow="fold",
-            min_width=widest if widest <= _NARROW else None,
-        )
+    # Each column has a space before the border, which is another.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, _GAP - 1, 0, 0), header_style="bold")
+    for column, width in zip(columns, _widths(columns, rows), strict=True):
+        justify: Literal["left", "right"] = "right" if column.is_number else "left"
+        table.add_column(Text(column.title), justify=justify, overflow="fold", min_width=min(width, _NARROW))
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -6,6 +6,7 @@ Takes and restores tell it; a take asks it for the parent that its manifest name
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -47,3 +48,12 @@ def forget() -> None:
     """Begin anew, as in a new process."""
     with _lock:
         _last.clear()
+
+
+def _unlock() -> None:
+    global _lock  # noqa: PLW0603 - the parent's may be held by a thread that the child does not have
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)

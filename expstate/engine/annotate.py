@@ -27,6 +27,8 @@ from expstate.format import manifest as manifests
 from expstate.format import names
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from expstate.format.annotations import Annotations
     from expstate.storage.base import Storage
 
@@ -184,13 +186,17 @@ def check_removable(storage: Storage, snapshot_id: str | None) -> None:
         raise SnapshotPinnedError(msg) from error
     if found is None or snapshot_id not in {None, found.id}:
         return
-    reasons = ["is pinned"] if found.pinned else []
-    if found.alias_names:
-        listed = ", ".join(map(repr, found.alias_names))
-        reasons.append(f"has the {'aliases' if len(found.alias_names) > 1 else 'alias'} {listed}")
+    check_unprotected(f"the snapshot at {storage.url!r}", found.alias_names, pinned=found.pinned)
+
+
+def check_unprotected(snapshot: str, aliases: Sequence[str], *, pinned: bool) -> None:
+    """Refuse to remove a snapshot, named in words, that is pinned or has aliases; the error says what protects it."""
+    reasons = ["is pinned"] if pinned else []
+    if aliases:
+        reasons.append(f"has the {'aliases' if len(aliases) > 1 else 'alias'} {', '.join(map(repr, aliases))}")
     if reasons:
-        undo = " and ".join(["unpin"] * found.pinned + ["unalias"] * bool(found.alias_names))
-        msg = f"the snapshot at {storage.url!r} {' and '.join(reasons)}; {undo} it, or pass force=True"
+        undo = " and ".join(["unpin"] * pinned + ["unalias"] * bool(aliases))
+        msg = f"{snapshot} {' and '.join(reasons)}; {undo} it, or pass force=True"
         raise SnapshotPinnedError(msg)
 
 

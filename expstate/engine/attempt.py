@@ -127,7 +127,8 @@ class Attempt:
         except FileNotFoundError:
             self._replaces = None
         if self._replaces is not None and not overwrite and not manifests.is_torn(self._replaces):
-            msg = f"a snapshot is already at {self._storage.url!r}; take to another path, or pass overwrite=True"
+            instead = "" if self._action == "copy" else ", or pass overwrite=True"
+            msg = f"a snapshot is already at {self._storage.url!r}; {self._action} to another path{instead}"
             raise SnapshotExistsError(msg)
         self._check_removable()
 

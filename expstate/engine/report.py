@@ -26,6 +26,17 @@ def bytes_text(nbytes: int) -> str:
     return ""
 
 
+def counted(count: int, what: str) -> str:
+    """So many of something.
+
+    >>> counted(1, "snapshot"), counted(1200, "snapshot"), counted(2, "entry")
+    ('1 snapshot', '1,200 snapshots', '2 entries')
+    """
+    if count != 1:
+        what = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{count:,} {what}"
+
+
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
     """What a restore did, or with ``dry_run=True`` would do.

@@ -17,6 +17,7 @@ from expstate.format import annotations as added
 from expstate.format import names
 from expstate.format.annotations import Annotations, Mark
 from tests.catalog.forging import forge
+from tests.engine import leftovers
 from tests.engine.leftovers import listing
 
 Take = Callable[..., Snapshot]
@@ -260,13 +261,27 @@ def test_a_check_changes_nothing(catalog: Catalog, take: Take, tmp_path: Path) -
     assert before == (listing(tmp_path / "runs"), [repr(record) for record in catalog.search()])
 
 
+def test_an_interrupted_deletion_is_told_as_such(catalog: Catalog, take: Take) -> None:
+    """What mends it is gc, which also removes the record; not a scan, which would call it missing."""
+    taken = take(catalog, "a")
+    Path(taken.path, names.MANIFEST).unlink()
+    leftovers.lease(Path(taken.path), taken.id, "delete", tuple(file.name for file in taken.manifest.files))
+    report = catalog.check()
+
+    assert [("record", "expstate gc --yes")] == told(report)
+    assert "its deletion at" in str(report)
+    catalog.gc()
+    assert not Path(taken.path).exists()
+    assert "all is well: 0 records, 0 snapshots" == str(catalog.check())
+
+
 def test_a_report_is_for_people_and_for_programs(catalog: Catalog, take: Take) -> None:
     """Names of folders are anybody's, so they are escaped."""
     taken = take(None, "\x1b[31m<script>alert(1)<")
     Snapshot.take(Path(taken.path).parent / "b", {"model": StateDict(weight=torch.ones(4))}, catalog=catalog)
     report = catalog.check()
 
-    assert "1 problems: 1 records, 2 snapshots" in str(report)
+    assert "1 problem: 1 record, 2 snapshots" in str(report)
     assert "\x1b" not in str(report) + report._repr_html_()
     assert "<script>" not in report._repr_html_()
     assert "not recorded" in str(report)

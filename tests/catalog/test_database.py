@@ -221,6 +221,20 @@ def test_network_file_systems_are_known(tmp_path: Path, monkeypatch: pytest.Monk
     assert expected == (filesystems.kind_of(Path(path)), filesystems.is_network(Path(path)))
 
 
+def test_a_link_to_a_network_file_system_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite keeps its log beside the file itself."""
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "catalog.db"
+    link.symlink_to(tmp_path / "far" / "catalog.db")
+    (tmp_path / "mountinfo").write_text(f"1 0 0:1 / / rw - ext4 /dev/sda rw\n2 1 0:2 / {tmp_path}/far rw - nfs4 server:/ rw\n")
+    monkeypatch.setattr(filesystems, "_MOUNTS", tmp_path / "mountinfo")
+    catalog = Catalog(link)
+    with pytest.warns(CatalogWarning, match="network file system"):
+        put(catalog, data(1))
+
+    assert "truncate" == pragma(catalog, "journal_mode")
+
+
 def test_this_disk_is_no_network(tmp_path: Path) -> None:
     assert not filesystems.is_network(tmp_path)
 

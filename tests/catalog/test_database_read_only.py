@@ -80,6 +80,18 @@ def test_it_is_read_with_one_notice(catalog: Catalog, open_folder: Path) -> None
     assert [f"the catalog '{open_folder}/catalog.db' is read-only: it is searched as it is, and nothing new is entered"] == notices
 
 
+def test_one_that_a_link_leads_to_is_read_too(catalog: Catalog, open_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The folder that counts is that of the file itself."""
+    with tempfile.TemporaryDirectory(prefix="expstate-link-") as name:
+        link = Path(name) / "catalog.db"
+        link.symlink_to(open_folder / "catalog.db")
+        Path(name).chmod(0o777)
+        found, notices = as_reader(open_folder, lambda: noticed(lambda: count(Catalog(link))))
+
+    assert 1 == found
+    assert ["is read-only" in notice for notice in notices] == [True]
+
+
 def test_it_is_not_written(catalog: Catalog, open_folder: Path) -> None:
     message, _ = as_reader(open_folder, lambda: noticed(lambda: refusal(lambda: put(catalog, data(2)))))
 

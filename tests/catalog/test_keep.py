@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from expstate import Catalog, Snapshot, StateDict
-from expstate.catalog import filesystems, model, removal
+from expstate.catalog import database, filesystems, model, removal
 from expstate.engine import attempt
 from expstate.errors import (
+    CatalogUnavailableError,
     CatalogWarning,
     InvalidArgumentError,
     RefNotFoundError,
@@ -163,11 +165,54 @@ def test_a_snapshot_that_is_pinned_in_its_folder_alone_is_not_deleted(catalog: C
     shutil.copytree(taken.path, copied)
     catalog.scan(copied)
     (copied / names.ANNOTATIONS).write_bytes(added.encode(Annotations(format=1, id=taken.id, pin=Mark(1, present=True))))
-    with pytest.raises(SnapshotPinnedError):
-        catalog.delete("latest")
+    for dry_run in (True, False):
+        with pytest.raises(SnapshotPinnedError):
+            catalog.delete("latest", dry_run=dry_run)
 
     assert taken.verify().ok
     assert [taken.id] == ids(catalog)
+
+
+def test_nothing_is_deleted_while_the_catalog_cannot_be_written(catalog: Catalog, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the error would tell of a failure, and the snapshot be gone all the same."""
+    monkeypatch.setattr(database, "WAIT_SECONDS", 0.05)
+    taken, other = take(catalog, "a"), take(catalog, "b")
+    plan = catalog.prune(keep_last=1)
+    assert catalog.place.path is not None
+    locked = sqlite3.connect(catalog.place.path)
+    locked.execute("BEGIN IMMEDIATE")
+    try:
+        with pytest.raises(CatalogUnavailableError, match="locked"):
+            catalog.delete("latest")
+        with pytest.raises(CatalogUnavailableError, match="locked"):
+            plan.apply()
+    finally:
+        locked.close()
+
+    assert taken.verify().ok
+    assert other.verify().ok
+    assert 1 == len(plan.apply().deleted)
+    catalog.delete("latest")
+    assert [] == ids(catalog)
+
+
+def test_a_deletion_that_could_not_be_recorded_says_that_it_was_done(catalog: Catalog, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalog was lost in the middle of it; the same again removes the record."""
+    taken = take(catalog, "a")
+
+    def fail(*given: object) -> None:
+        msg = "the catalog is locked"
+        raise CatalogUnavailableError(msg)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(removal, "forget", fail)
+        with pytest.raises(CatalogUnavailableError, match=f"{taken.id[:8]} was deleted, but its record was not.*the catalog is locked"):
+            catalog.delete("latest")
+
+    assert not Path(taken.path).exists()
+    assert [taken.id] == ids(catalog)
+    catalog.delete(taken.id)
+    assert [] == ids(catalog)
 
 
 def test_snapshots_of_other_users_are_not_deleted(catalog: Catalog, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +300,9 @@ def test_a_snapshot_with_a_damaged_manifest_is_not_deleted(catalog: Catalog, tak
     path.unlink()
     path.write_bytes(data.replace(b'"world_size":1', b'"world_size":2'))
     before = leftovers.listing(Path(taken.path))
-    with pytest.raises(SnapshotCorruptError):
-        catalog.delete("latest")
+    for dry_run in (True, False):
+        with pytest.raises(SnapshotCorruptError, match=f"{taken.path}.*damaged.*put it back from a copy"):
+            catalog.delete("latest", dry_run=dry_run)
 
     assert before == leftovers.listing(Path(taken.path))
     assert [taken.id] == ids(catalog)
@@ -390,6 +436,23 @@ def test_gc_keeps_to_its_project(catalog: Catalog, take: Take, monkeypatch: pyte
 
     assert () == catalog.gc().removed
     assert 1 == len(catalog.gc(project="*").removed)
+
+
+def test_gc_leaves_what_lies_beside_snapshots_of_other_projects_alone(
+    catalog: Catalog, take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead take is of the project of the snapshots beside it; beside those of two it is of both."""
+    take(catalog, "a")
+    dead = tmp_path / "runs" / "dead"
+    leftovers.lease(dead)
+    assert 1 == len(catalog.gc(dry_run=True).removed)
+    monkeypatch.setenv("EXPSTATE_PROJECT", "another")
+    Snapshot.take(tmp_path / "other" / "b", {"model": StateDict(x=1)}, catalog=catalog)
+
+    assert () == catalog.gc().removed
+    assert dead.exists()
+    take(catalog, "c")
+    assert 1 == len(catalog.gc().removed)
 
 
 def test_a_take_that_goes_on_is_not_deleted(catalog: Catalog, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_records_without_a_snapshot_count_for_nothing(catalog: Catalog, series: 
     found = why(plan)
     assert ("among the newest 2", "among the best 1 by loss") == found[2]
     assert ("replaced: another snapshot is at its place",) == found[3]
-    assert "expstate scan" in found[4][0]
+    assert "expstate check" in found[4][0]
 
 
 def test_snapshots_on_other_machines_are_left_alone(
@@ -396,7 +396,7 @@ def test_a_plan_shows_what_goes_and_what_stays(catalog: Catalog, series: Callabl
     taken = series(0.1, 0.2)
     plan = catalog.prune(keep_last=1)
 
-    assert "would delete 1 snapshots (16 B) and keep 1" in str(plan)
+    assert "would delete 1 snapshot (16 B) and keep 1" in str(plan)
     assert f"{taken[0].id[:8]}, step 0, 16 B: delete" in str(plan)
     assert f"{taken[1].id[:8]}, step 1, 16 B: keep: among the newest 1" in str(plan)
     assert "<table>" in plan._repr_html_()

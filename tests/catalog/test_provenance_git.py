@@ -154,6 +154,18 @@ def test_without_a_remote_the_root_is_the_project(repository: Path) -> None:
     assert "remote" not in described()  # type: ignore[operator]
 
 
+def test_of_several_remotes_origin_names_the_project_and_an_only_one_does_too(repository: Path) -> None:
+    git("remote", "add", "fork", "https://git.example.org/me/resnet.git")
+    projects = [current_project()]
+    git("remote", "remove", "fork")
+    git("remote", "rename", "origin", "upstream")
+    projects.append(current_project())
+    git("remote", "add", "fork", "https://git.example.org/me/resnet.git")
+    projects.append(current_project())
+
+    assert ["git.example.org/team/resnet", "git.example.org/team/resnet", str(repository)] == projects
+
+
 def test_a_remote_that_is_added_later_counts_at_once(repository: Path) -> None:
     git("remote", "set-url", "origin", "git@other.example.org:a/b.git")
 
@@ -232,6 +244,26 @@ def test_nothing_is_written_and_nothing_of_the_repository_is_run(repository: Pat
     assert not (tmp_path / "ran").exists()
     git("status")
     assert (tmp_path / "ran").exists()  # as it would have
+
+
+def test_what_a_partial_clone_has_not_got_is_not_fetched(repository: Path, tmp_path: Path) -> None:
+    """Git would look into files to tell whether one was renamed."""
+    git("config", "uploadpack.allowFilter", "true")
+    for number in (1, 2):
+        (repository / f"file-{number}").write_text(f"{number}\n" * 1000)
+    git("add", ".")
+    git("commit", "-q", "-m", "files")
+    clone = tmp_path / "clone"
+    git("clone", "-q", "--filter=blob:none", "--no-checkout", repository.as_uri(), str(clone))
+    git("read-tree", "HEAD", folder=clone)
+    git("update-index", "--force-remove", "file-1", folder=clone)
+    git("update-index", "--add", "--cacheinfo", f"100644,{git('rev-parse', 'HEAD:file-2')},file-3", folder=clone)
+    before = sorted((clone / ".git" / "objects" / "pack").iterdir())
+    found = described(clone)
+
+    assert found is not None
+    assert (git("rev-parse", "HEAD"), True) == (found["commit"], found["dirty"])
+    assert before == sorted((clone / ".git" / "objects" / "pack").iterdir())
 
 
 def test_variables_that_point_elsewhere_do_not_count(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import pytest
 from expstate import Catalog, Snapshot, StateDict, settings
 from expstate.catalog import recorder, roots, rows, spool
 from expstate.catalog.database import Database
-from expstate.errors import CatalogError, CatalogUnavailableError, CatalogWarning, InvalidArgumentError
+from expstate.errors import CatalogError, CatalogUnavailableError, CatalogWarning, InvalidArgumentError, InvalidSettingError
 
 from .plain import all_of, count, data, put, urls
 
@@ -110,10 +110,11 @@ def test_takes_of_several_threads_are_recorded(any_catalog: Catalog, take: Take)
     assert 0 == spool.pending(any_catalog.place)
 
 
-@pytest.mark.parametrize("given", ["a catalog", "a path", "a text", "a URL"])
+@pytest.mark.parametrize("given", ["a catalog", "a path", "a text", "a URL", "a URL with its driver"])
 def test_a_catalog_is_named_in_several_ways(tmp_path: Path, given: str) -> None:
     path = tmp_path / "catalog.db"
-    option: Any = {"a catalog": Catalog(path), "a path": path, "a text": str(path), "a URL": f"sqlite:///{path}"}[given]
+    ways = {"a catalog": Catalog(path), "a path": path, "a text": str(path), "a URL": f"sqlite:///{path}"}
+    option: Any = (ways | {"a URL with its driver": f"sqlite+pysqlite:///{path}"})[given]
     Snapshot.take(tmp_path / "one", {"state": StateDict(a=1)}, catalog=option)
 
     assert 1 == count(Catalog(path))
@@ -289,6 +290,25 @@ def test_a_server_that_hangs_delays_a_take_and_no_more(take: Take) -> None:
     assert 2 == spool.pending(catalog.place)
 
 
+@pytest.mark.parametrize("seconds", [float("inf"), 1e300])
+def test_all_the_time_in_the_world_is_no_trouble(catalog: Catalog, take: Take, seconds: float) -> None:
+    with settings.override(catalog_timeout_seconds=seconds):
+        messages = warned(lambda: take(catalog, "a"))
+
+    assert [] == messages
+    assert 1 == count(catalog)
+
+
+def test_a_time_that_is_no_number_is_refused_before_anything_is_written(
+    catalog: Catalog, take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPSTATE_CATALOG_TIMEOUT_SECONDS", "nan")
+    with pytest.raises(InvalidSettingError, match="catalog_timeout_seconds must be a number that is not negative, got nan"):
+        take(catalog, "a")
+
+    assert not (tmp_path / "runs").exists()
+
+
 def test_no_time_at_all_means_that_nobody_waits(catalog: Catalog, take: Take) -> None:
     with settings.override(catalog_timeout_seconds=0), locked(catalog):
         messages = warned(lambda: take(catalog, "a"))
@@ -351,15 +371,43 @@ def test_without_sqlalchemy_takes_wait_for_a_machine_that_has_it(tmp_path: Path)
     assert [str(tmp_path / "runs" / name) for name in ("one", "two")] == urls(Catalog(place.path))
 
 
-def test_without_a_home_takes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a user whom the system does not know."""
-    monkeypatch.setattr("platformdirs.user_data_dir", lambda *_, **__: "~/.local/share/expstate")
+def _homeless(how: str) -> str:
+    """What platformdirs says of a user whom the system does not know: older versions, and newer ones."""
+    if how == "raises":
+        msg = "could not determine the home directory"
+        raise RuntimeError(msg)
+    return "~/.local/share/expstate"
+
+
+@pytest.mark.parametrize("how", ["says", "raises"])
+def test_without_a_home_takes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr("platformdirs.user_data_dir", lambda *_, **__: _homeless(how))
     monkeypatch.chdir(tmp_path)
     with settings.override(catalog=""):
-        messages = warned(lambda: Snapshot.take("one", {"state": StateDict(a=1)}))
+        messages = warned(lambda: [Snapshot.take(name, {"state": StateDict(a=1)}) for name in ("one", "two")])
 
     assert ["name one by EXPSTATE_CATALOG" in message for message in messages] == [True]
-    assert ["one"] == os.listdir(tmp_path)
+    assert ["one", "two"] == sorted(os.listdir(tmp_path))
+
+
+def test_without_a_working_folder_a_take_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    messages = warned(lambda: Snapshot.take(tmp_path / "one", {"state": StateDict(a=1)}, catalog="catalog.db"))
+
+    assert ["the working folder was removed" in message for message in messages] == [True]
+    assert (tmp_path / "one" / "snapshot.json").exists()
+
+
+def test_a_server_is_of_use_without_a_home(empty_postgres: str, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_data_dir", lambda *_, **__: _homeless("raises"))
+    catalog = Catalog(empty_postgres)
+    messages = warned(lambda: take(catalog, "a"))
+
+    assert [] == messages
+    assert 1 == count(catalog)
+    catalog.close()
 
 
 def test_takes_that_end_with_the_interpreter_are_recorded(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ INNOCENT_ARGV = [
     *("--checkpoint", "3f9a2c71", "--commit", "9cc852cda42411546cb75036c47b7552d851ad17", "--password-file", "/run/secrets/db"),
     *("--api-key-env", "WANDB_API_KEY", "--use-token", "true", "--data", "s3://bucket/imagenet/train", "--keys", "image", "label"),
     *("--tokens-per-batch=4096", "--n-key-value-heads", "8", "-v", "--no-secrets", "--image-key", "jpg"),
+    *("key=value", "key1=value1", "dataset_key=imagenet-1k-v2", "PWD=/home/me/runs", "--dummykey", "loss", "--password", "$PASSWORD"),
 ]
 INNOCENT_PARAMS: dict[str, Any] = {
     "lr": 3e-4,
@@ -83,6 +84,12 @@ INNOCENT_TEXTS = [
     "forward pass = 12 ms, backward pass: 24 ms",
     'config = {"pad_token": "[PAD]", "key": "loss", "secret": None}',
     "best run so far: 9cc852cda42411546cb75036c47b7552d851ad17 at http://localhost:6006/scalars",
+    "use --token-file /run/secrets/hub1 and --key val/loss_1; --password takes what follows",
+    "export PATH=/opt/bin:$PATH\n%env OMP_NUM_THREADS=4\nexport HF_TOKEN=$(cat ~/.token1)",
+    "curl -u $USER:$PASSWORD https://host/page\ndocker login -p $PASSWORD\nmysql -u me -p",
+    "def attend(token: Int64, key: Key2): ...",
+    'hotkey, monkey, bypass = "ctrl-k1", "george", "north-2"',
+    "<img src='data:image/png;base64," + "iVBORw0KGgoAAAANSUhEUgAAAAUA9k/rrgggA" * 40 + "'>",
 ]
 
 
@@ -97,6 +104,8 @@ PASSWORDS = [
     *("xoxb-" + "123456789012-" + letters(24), "AIza" + letters(35), "ya29." + letters(60), "npm_" + letters(36)),
     *(f"eyJ{letters(20)}.eyJ{letters(40)}.{letters(43)}", "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nb3BlbnNzaC1rZXk"),
     *("sk_live_" + letters(24), "dapi" + "0123456789abcdef" * 2, "https://hooks.slack.com/services/T0/B0/" + letters(24)),
+    *("gsk_" + letters(52), "nvapi-" + letters(64), "wandb_v1_" + letters(60), "dckr_pat_" + letters(27), "hvs." + letters(90)),
+    *("123456789:AA" + letters(33), "https://discord.com/api/webhooks/1234567/" + letters(60)),
 ]
 IN_CONTEXT = [
     "postgresql://team:hunter2@db.example.org/runs",
@@ -114,6 +123,20 @@ IN_CONTEXT = [
     'secret: str = "abcdef"',
     "the password: hunter2",
     "client_secret='it-is-\"quoted\"'",
+    "PGPASSWORD=hunter2 psql",
+    "hftoken = 'abcdef'",
+    "Data Source=db;User Id=me;Pwd=hunter22;",
+    "curl -H 'X-API-Key: abcdefgh1234' https://host",
+    "!huggingface-cli login --token abcdef1234",
+    "%env HF_TOKEN abcdefghij",
+    "export DB_PASSWORD='correcthorse'",
+    "os.environ.setdefault('HF_TOKEN', 'abcdefghij')",
+    "requests.get(url, auth=('me', 'hunter2'))",
+    "curl -k -u me:hunter2 https://host",
+    "sshpass -p hunter2 ssh host",
+    "docker login -u me -p hunter2",
+    "mysqldump -u me -phunter2 runs",
+    "sas = '?sv=2024-01-01&ss=b&sig=abcdefgh%3D'",
 ]
 
 
@@ -156,6 +179,10 @@ def test_innocent_params_stay_the_very_same() -> None:
         (["wandb.key=x-y-z"], ["wandb.key=#"]),
         (["+logger.password=x-y-z"], ["+logger.password=#"]),
         (["--key", "x-y-z"], ["--key", "#"]),
+        (["--password", "123456"], ["--password", "#"]),
+        (["--secret=abc"], ["--secret=#"]),
+        (["PGPASSWORD=x-y-z"], ["PGPASSWORD=#"]),
+        (["-DPASSWORD=x-y-z"], ["-DPASSWORD=#"]),
         (["--client-secret", "x-y-z"], ["--client-secret", "#"]),
         (["--token", "--verbose", "x-y-z"], ["--token", "--verbose", "x-y-z"]),
         (["--data", "https://me:x-y-z@host/data"], ["--data", "##"]),
@@ -164,7 +191,8 @@ def test_innocent_params_stay_the_very_same() -> None:
     ],
 )
 def test_values_of_flags_that_are_named_like_a_secret_are_replaced(given: list[str], shown: list[str]) -> None:
-    wanted = [item.replace("##", redact.hashed(given[-1])).replace("#", redact.hashed("x-y-z")) for item in shown]
+    value = next((value for value in ("123456", "abc") if given[-1].endswith(value)), "x-y-z")
+    wanted = [item.replace("##", redact.hashed(given[-1])).replace("#", redact.hashed(value)) for item in shown]
 
     assert wanted == redact.argv(given)
 
@@ -173,6 +201,9 @@ def test_values_of_flags_that_are_named_like_a_secret_are_replaced(given: list[s
     ("given", "names"),
     [
         ({"api_key": "abcd"}, ["api_key"]),
+        ({"pgpassword": "abcd"}, ["pgpassword"]),
+        ({"password": "123456"}, ["password"]),
+        ({"secret": {"pin": "1234"}}, ["secret.pin"]),
         ({"hub": {"token": "abcd"}}, ["hub.token"]),
         ({"keys": [{"password": b"abcd"}]}, ["keys.password"]),
         ({"credentials": {"user": "me-myself", "more": ["abcd"]}}, ["credentials.user", "credentials.more"]),
@@ -188,6 +219,7 @@ def test_params_are_replaced_by_their_name_or_by_their_value(given: dict[str, An
 
     assert names == replaced
     assert "abcd" not in repr(found)
+    assert "1234" not in repr(found)
     assert letters(20) not in repr(found)
 
 

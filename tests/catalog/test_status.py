@@ -121,7 +121,7 @@ def test_records_that_wait_are_told(catalog: Catalog, take: Take, monkeypatch: p
     try:
         found = status(catalog)
         assert 1 == found.spooled
-        assert "1 records wait" in str(found)
+        assert "waiting to be entered: 1 record\n" in f"{found}\n"
     finally:
         locked.rollback()
         locked.close()

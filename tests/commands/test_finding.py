@@ -46,7 +46,7 @@ def test_list_takes_a_query_a_sort_and_a_limit(kept: Project, run: Run) -> None:
 
     assert ["epoch-2", "epoch-4"] == [record["name"] for record in found]
     assert [0.31234567891, 0.2] == [record["metrics"]["loss"] for record in found]
-    assert "no snapshots fulfil the query\n" == run("list 'loss > 7'").out
+    assert "no snapshots in project 'digits' fulfil the query\n" == run("list 'loss > 7'").out
 
 
 def test_metrics_of_the_question_come_first(project: Project, run: Run) -> None:
@@ -80,11 +80,14 @@ def test_a_list_that_was_cut_says_so_unless_that_was_asked_for(project: Project,
 
 def test_projects_are_apart_unless_all_are_asked_for(project: Project, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPSTATE_PROJECT", "other")
-    assert "no snapshots\n" == run("list").out
+    first, next_step = run("list").out.splitlines()
+    assert "no snapshots in project 'other'" == first
+    assert "--all" in next_step
+    assert "`expstate scan`" in next_step
     assert "project" in run("list --all").out.splitlines()[0].split()
     assert 4 == len(run("list --json --project digits").json)
     assert 1 == run("show best").status
-    assert "--all" in run("show best").err
+    assert "--project 'digits'" in run("show best").err
     for line in ("show best --all", "show best --project digits", "read best progress/epoch --all", "verify best --all", "log best --all"):
         assert 0 == run(line).status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from expstate import Snapshot, StateDict
 from expstate.catalog import rows
 from expstate.catalog.model import Body, KeySummary, RecordData, this_host
 from expstate.cli import main
+from expstate.commands import VERBS
 from expstate.commands.plain import plain
 from expstate.commands.view import Column, View, clean
 
@@ -111,7 +113,7 @@ def test_nothing_of_a_name_acts_on_a_terminal(hostile: Project, run: Run, line: 
 
 def test_rich_tables_are_as_harmless(hostile: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "1000")  # nothing is folded
-    for line in (["list"], ["show", "ffff"], ["delete", "ffff", "--any-user"]):
+    for line in (["list"], ["show", "ffff"], ["prune", "--keep-last", "1", "--any-user"]):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stdout", terminal)
         assert 0 == main(line)
@@ -120,7 +122,7 @@ def test_rich_tables_are_as_harmless(hostile: Project, monkeypatch: pytest.Monke
         assert None is HARM.search(text)
 
 
-@pytest.mark.parametrize("width", [30, 80, 200])
+@pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_narrow_terminal_folds_and_loses_nothing(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     name, note = "n" * 70, "".join(f"[bold]{number}" for number in range(20))
     monkeypatch.setenv("COLUMNS", str(width))
@@ -133,6 +135,48 @@ def test_a_narrow_terminal_folds_and_loses_nothing(width: int, monkeypatch: pyte
     assert 70 == text.partition("\n")[2].count("n")
     assert 20 == len(re.findall("b(?:\\s*)o(?:\\s*)l", "".join(line[-(width // 2) :] for line in text.splitlines()))) or "bold" in text
     assert "…" not in text
+
+
+@pytest.mark.parametrize("width", [10, 30])
+def test_a_terminal_too_narrow_for_the_columns_gets_pairs(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that have no room would be cut off, digits of numbers among them."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    terminal = Terminal()
+    titles = [Column("name"), Column("size", is_number=True), Column("step", is_number=True), Column("loss", is_number=True)]
+    View(terminal).table(titles, [["first", "113 KiB", "10", "0.0350021"], ["second", "113 KiB", "", "0.0344524"]])
+    lines = COLOURS.sub("", terminal.getvalue()).splitlines()
+
+    assert ["name  first", "size  113 KiB", "step  10", "loss  0.0350021", "", "name  second", "size  113 KiB", "loss  0.0344524"] == lines
+
+
+def test_a_list_leaves_out_what_a_terminal_has_no_room_for_and_says_so(kept: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first metric comes before marks, and is shown to its last digit; columns that were asked for stay."""
+    shown = {}
+    for width, line in ((200, ["list"]), (60, ["list"]), (60, ["list", "--columns", "name,accuracy,aliases,tags,loss,created,id"])):
+        monkeypatch.setenv("COLUMNS", str(width))
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert 0 == main(line)
+        shown[width, len(line)] = COLOURS.sub("", terminal.getvalue())
+
+    assert "no room" not in shown[200, 1]
+    assert "accuracy" in shown[200, 1].splitlines()[0]
+    assert ["name", "id", "age", "step", "size", "tags", "loss"] == shown[60, 1].splitlines()[0].split()
+    assert "0.312346" in shown[60, 1]
+    assert "no room for accuracy, aliases; --columns" in shown[60, 1]
+    assert "no room" not in shown[60, 3]
+    assert "aliases   first" in shown[60, 3]
+
+
+@pytest.mark.parametrize("width", ["60", "80"])
+def test_help_fits_the_terminal(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the usage, which argparse folds between options, and the example, which is there to be copied."""
+    monkeypatch.setenv("COLUMNS", width)
+    for line in ([], *([verb.name, "--help"] for verb in VERBS)):
+        with contextlib.suppress(SystemExit):
+            main(line)
+        text = capsys.readouterr().out.partition("example:")[0].partition("\n\n")[2]
+        assert int(width) >= max(map(len, text.splitlines())), line
 
 
 def test_what_is_no_terminal_gets_neither_colours_nor_folds(kept: Project, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

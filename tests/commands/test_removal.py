@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expstate import Catalog, Snapshot
+from expstate import Catalog, Record, Snapshot
+from expstate.catalog import removal
 from expstate.commands import VERBS, build_parser
 from expstate.commands.verb import command_line
 from expstate.errors import StorageError
@@ -145,6 +146,26 @@ def test_what_was_deleted_before_an_error_is_told(project: Project, run: Run, mo
     assert 1 == done.status
     assert "the disk is gone (1 snapshot of 2 were deleted before it: epoch-4" in done.err
     assert [False, True] == [project.path(4).exists(), project.path(2).exists()]
+
+
+def test_a_prune_that_leaves_something_is_status_1(project: Project, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are gone, and what stays is shown with the reason."""
+    remove = removal.remove
+
+    def failing(catalog: Catalog, record: Record, **options: bool) -> object:
+        if record.step == 2:
+            msg = "the disk is read-only"
+            raise StorageError(msg)
+        return remove(catalog, record, **options)
+
+    monkeypatch.setattr(removal, "remove", failing)
+    assert 0 == run("prune --keep-best accuracy:max:1").status
+    done = run("prune --keep-best accuracy:max:1 --yes")
+
+    assert 1 == done.status
+    assert "left alone: the disk is read-only" in done.out
+    assert "deleted 1 snapshot " in done.out
+    assert [True, True, True, False] == [project.path(epoch).exists() for epoch in range(1, 5)]
 
 
 def test_removals_as_json_tell_what_was_done(project: Project, run: Run) -> None:

@@ -27,6 +27,7 @@ EXPSTATE = [sys.executable, "-m", "expstate"]
     [
         ("show nosuch", "no snapshot goes by 'nosuch'"),
         ("show epoch", "the nearest are 'epoch-4'"),
+        ("unalias bets", "the nearest is 'best'"),
         ("list 'loss <'", "character 7"),
         ("read best model/0.weigh", "did you mean 'model/0.weight'"),
         ("read best model/0.weight --rows a:b", "FIRST:LAST"),
@@ -40,7 +41,12 @@ EXPSTATE = [sys.executable, "-m", "expstate"]
         ("unalias nosuch", "nosuch"),
         ("export best all.safetensors --include nosuch", "matches no entry"),
         ("scan nosuch", "no folder"),
-        ("copy best epoch-1", "already"),
+        ("gc nosuch", "no folder"),
+        ("delete best", "unalias it, or pass --force"),
+        ("delete best --project other", "--project 'digits' or its id finds"),
+        ("prune --older-than 3x", "--older-than must be a duration such as '7d' or '12h', got '3x'"),
+        ("copy best epoch-1", "already at"),
+        ("copy best epoch-1", "; copy to another path"),
         ("list --catalog mysql://host/db", "SQLite"),
         ("status --catalog off", "--catalog PATH"),
     ],
@@ -83,7 +89,9 @@ def test_a_command_line_that_is_not_understood_is_status_2(kept: Project, line: 
         main(line.split())
 
     assert 2 == exit_info.value.code
-    assert "usage: expstate" in capsys.readouterr().err
+    complaint = capsys.readouterr().err
+    assert "usage: expstate" in complaint
+    assert " _" not in complaint
 
 
 def test_damage_is_status_1_and_named(project: Project, run: Run) -> None:
@@ -100,6 +108,21 @@ def test_damage_is_status_1_and_named(project: Project, run: Run) -> None:
     assert [True, False] == [one["report"]["ok"] for one in run("verify latest best --json").json]
     assert 1 == run("check --deep").status
     assert 0 == run("check").status
+
+
+def test_a_damaged_manifest_does_not_keep_the_others_from_being_verified(project: Project, run: Run) -> None:
+    file = project.path(2) / "snapshot.json"
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes().replace(b'"world_size":1', b'"world_size":2'))
+    for ref in ("epoch-2", project.catalog["epoch-2"].id):
+        done = run(f"verify {ref} best")
+        assert (1, "") == (done.status, done.err)
+        first, second = done.out.splitlines()
+        assert "the manifest is damaged" in first
+        assert f"{project.path(3)}: whole" in second
+        damaged, whole = run(f"verify {ref} best --json").json
+        assert (None, True) == (damaged["report"], whole["report"]["ok"])
+        assert "the manifest is damaged" in damaged["problem"]
 
 
 def test_a_missing_snapshot_is_found_by_check_with_how_to_mend_it(project: Project, run: Run) -> None:
@@ -171,6 +194,14 @@ def test_the_program_gives_the_status_to_the_shell(kept: Project) -> None:
     ]
 
     assert [0, 1, 2] == statuses
+
+
+@pytest.mark.parametrize("line", ["list", "list --json"])
+def test_a_full_disk_is_one_line_and_status_1(kept: Project, line: str) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run([*EXPSTATE, *line.split()], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert (1, "expstate: error: [Errno 28] No space left on device\n") == (done.returncode, done.stderr)
 
 
 def test_a_reader_that_leaves_is_no_error(kept: Project) -> None:

@@ -94,9 +94,12 @@ def unregister(name: str) -> None:
 
 
 def chosen(level: str) -> dict[str, Gatherer]:
-    """The gatherers of a level."""
+    """Our own gatherers of a level."""
     if level == "off":
         return {}
-    if level == "minimal":
-        return {name: OWN[name] for name in MINIMAL}
-    return OWN | _registered
+    return {name: OWN[name] for name in MINIMAL} if level == "minimal" else OWN
+
+
+def registered(level: str) -> dict[str, Gatherer]:
+    """Those of users that count at a level."""
+    return dict(_registered) if level == "full" else {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from expstate import settings
 from expstate.catalog.provenance import project, redact, run
-from expstate.catalog.provenance.gatherers import MINIMAL, OWN, Gatherer, Seen, chosen
+from expstate.catalog.provenance.gatherers import MINIMAL, OWN, Gatherer, Seen, chosen, registered
 from expstate.catalog.provenance.plain import clean
 from expstate.errors import ProvenanceWarning
 
@@ -46,7 +46,7 @@ class Gathering:
         self._given: dict[str, Any] = clean(dict(given))
         self._seen: Seen | None = None
         self._found: dict[str, Any] = {}
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._limit = 0.0
 
     def start(self) -> None:
@@ -60,21 +60,26 @@ class Gathering:
                 _log.debug("the command or cell of a take could not be seen: %s", type(error).__name__)
         self._seen = Seen(folder, seen, self._settings)
         self._limit = time.monotonic() + SECONDS
-        if self._settings.provenance == "off":
+        # Ours end soon, and are not frozen in the midst of things when the interpreter ends.
+        self._begin(chosen(self._settings.provenance), self._seen, daemon=False)
+        # A user's may hang, and nobody waits for it then.
+        self._begin(registered(self._settings.provenance), self._seen, daemon=True)
+
+    def _begin(self, gatherers: Mapping[str, Gatherer], seen: Seen, *, daemon: bool) -> None:
+        if not gatherers:
             return
-        # Not a daemon: those are frozen in the midst of things when the interpreter ends.
-        thread = threading.Thread(target=self._gather, args=(self._seen,), name="expstate-provenance")
+        thread = threading.Thread(target=self._gather, args=(gatherers, seen), name="expstate-provenance", daemon=daemon)
         try:
             thread.start()
         except RuntimeError:  # the interpreter is ending
-            self._gather(self._seen)
+            self._gather(gatherers, seen)
         else:
-            self._thread = thread
+            self._threads.append(thread)
 
     def result(self) -> dict[str, Any]:
         """What was gathered in time, without secrets; never raises."""
-        if self._thread is not None:
-            self._thread.join(max(0.0, self._limit - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, self._limit - time.monotonic()))
         found = dict(self._found)
         if self._settings.provenance == "off" and self._settings.project:
             found["project"] = self.project()
@@ -87,8 +92,8 @@ class Gathering:
         known = self._found.get("project")
         return known or project.typed_project(self._settings) or project.project_of(self._seen.folder)
 
-    def _gather(self, seen: Seen) -> None:
-        for name, gatherer in chosen(seen.settings.provenance).items():
+    def _gather(self, gatherers: Mapping[str, Gatherer], seen: Seen) -> None:
+        for name, gatherer in gatherers.items():
             try:
                 value = self._picked(name, gatherer(seen))
             except Exception as error:  # noqa: BLE001 - a take does not fail for its provenance

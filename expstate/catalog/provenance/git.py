@@ -32,7 +32,7 @@ _LONGEST_HEAD = 64 * 1024
 
 _log = logging.getLogger("expstate")
 _QUIET = ("--no-optional-locks", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
-_STATUS = ("status", "--porcelain=v2", "--branch", "--no-ahead-behind", "--untracked-files=no")
+_STATUS = ("status", "--porcelain=v2", "--branch", "--no-ahead-behind", "--no-renames", "--untracked-files=no")
 _DIFF = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames")
 _ELSEWHERE = frozenset(
     f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "PREFIX", "COMMON_DIR", "OBJECT_DIRECTORY", "NAMESPACE", "EXTERNAL_DIFF")
@@ -102,7 +102,7 @@ def _ask(
     if program is None:
         return None
     environment = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE and not name.startswith("GIT_TRACE")}
-    environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     process = subprocess.Popen(  # noqa: S603 - git itself, with arguments of our own
         [program, *_QUIET, *arguments],
         cwd=found.root,

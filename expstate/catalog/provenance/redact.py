@@ -39,9 +39,18 @@ _PATTERNS = tuple(
         r"(?<![A-Za-z0-9])(?:dapi[0-9a-f]{32}|r8_[A-Za-z0-9]{30,})",  # Databricks, Replicate
         r"(?<![A-Za-z0-9])SG\.[\w-]{16,64}\.[\w-]{16,}",  # SendGrid
         r"(?i)(?:AccountKey|SharedAccessSignature)=[\w+/%=-]{16,}",  # Azure
+        r"(?<![^\s\"'=])\??s[a-z]=[^\s\"'&]{1,80}(?:&[a-z]{2,5}=[^\s\"'&]{0,80}){0,12}&sig=[\w%+/=-]{8,}",
+        r"(?<![A-Za-z0-9])(?:dckr_pat|do[opr]_v1|figd|glsa|gsk|jina|lin_api|nvapi|pplx|sbp|shp(?:at|ss)|tgp_v1|wandb_v1|whsec|xai)[_-][\w-]{20,}",
+        r"(?<![A-Za-z0-9])(?:hv[sb]\.[\w-]{24,}|ATATT3[\w=-]{40,}|AGE-SECRET-KEY-1[A-Z0-9]{20,})",
+        r"(?<![A-Za-z0-9])\d{8,10}:AA[\w-]{33}(?![\w-])|discord(?:app)?\.com/api/webhooks/\d+/[\w-]{16,}",  # chats
         r"(?i)\bauthorization[\"']?\s{0,4}[:=,]\s{0,4}[\"']?\w{1,20}\s{1,4}[\w.~+/=-]{8,}",
         r"(?i)\bbearer\s{1,4}(?=[\w.~+/=-]{0,200}\d)[\w.~+/=-]{16,}",
         r"(?i)(?:\bwandb\s{1,4}login\s(?:--\S{1,40}\s){0,8}|(?:login|key|token)\W{1,12})[0-9a-f]{40}(?![0-9a-f])",  # Weights & Biases
+        # Commands that take a password by a short flag.
+        r"\bcurl\s(?:[^\n]{0,300}?\s)?(?:-u|--user)[ =]?[\"']?[^\s:\"'$]{1,80}:[^\s\"'${<*]",
+        r"\bsshpass\s{1,4}-p\s?[^\s$]|\b(?:docker|podman)\s{1,4}login\s(?:[^\n]{0,200}?\s)?-p\s?[^\s$]",
+        r"\bmysql(?:dump|admin)?\s(?:[^\n]{0,200}?\s)?-p[^\s$]",
+        r"(?i)(?:\bauth\s{0,4}=\s{0,4}|basic_?auth)\(\s{0,4}[\"'][^\"'\n]{1,100}[\"']\s{0,4},\s{0,4}[\"'][^\"'\n]{4,400}[\"']\s{0,4}\)",
     )
 )
 
@@ -74,13 +83,19 @@ _NO_OWNERS = set(
     )
 )
 """With one of these before it a token or key is none: ``pad_token``, ``sort_key``."""
+_SECRET_ENDS = tuple(_SECRET_WORDS)
+_FUSED = frozenset(owner + word for owner in _OWNERS for word in ("token", "key", "pass", "pwd"))
+"""Words that were written as one, as ``hftoken``; ``PGPASSWORD`` is known by its end."""
 _FILLERS = frozenset(("value", "text", "str", "string", "plain", "plaintext", "raw", "new", "old", "default"))
 _NO, _PERHAPS, _YES = range(3)
 
+_PLACEHOLDER = re.compile(
+    r"(?i:true|false|yes|no|on|off|none|null|auto|default|inf|nan|\?+|\*+|\.+|x+|changeme|redacted|your[\w -]*)"
+    r"|<[^<>]*>|\[[^\[\]]*\]|(?:\$?\{[^{}]*\}+[-_./ ]?)+|\$[A-Z_]+|%\(\w+\)s|"  # special tokens, hashes, nothing
+)
 _HARMLESS = re.compile(
     r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?"  # a number
-    r"|(?i:true|false|yes|no|on|off|none|null|auto|default|inf|nan|\?+|\*+|\.+|x+|changeme|redacted|your[\w -]*)"
-    r"|<[^<>]*>|\[[^\[\]]*\]|(?:\$?\{[^{}]*\}+[-_./ ]?)+|\$[A-Z_]+|%\(\w+\)s"  # special tokens, placeholders, hashes
+    rf"|{_PLACEHOLDER.pattern}"
     r"|.{0,3}",
     re.DOTALL,
 )
@@ -96,12 +111,17 @@ _QUOTED = re.compile(
     _KEYWORD + r"[\"']?\]?(?P<between>\s{0,8}(?::\s{0,8}[\w.]{1,40}\s{1,8})?(?:=(?![=])|:|,)\s{0,8})[rbfuRBFU]{0,2}"
     r"(?P<quote>[\"'])(?P<value>(?:(?!(?P=quote))[^\n]){4,400})(?P=quote)"
 )
-_UNQUOTED = re.compile(_KEYWORD + r"(?:[ \t]{0,4}=[ \t]{0,4}|:[ \t]{1,4})(?P<value>[^\s\"'()\[\]{},;<>=]{4,400}=*)(?=[\s;]|$)")
+_UNQUOTED = re.compile(_KEYWORD + r"(?:[ \t]{0,4}=[ \t]{0,4}|:[ \t]{1,4})(?P<value>[^\s\"'()\[\]{},;<>=]{4,400}=*)(?=[\s;\"']|$)")
+_FLAG = re.compile(r"(?<![\w-])--(?P<name>[A-Za-z][\w.-]{0,60})[ \t]{1,4}[\"']?(?P<value>[^\s\"'()\[\]{},;<>=]{4,400}=*)(?=[\s;\"']|$)")
+_VARIABLE = (  # what is set in the environment is meant as it stands
+    re.compile(r"(?:%(?:set_)?env|\bexport)[ \t]{1,4}(?P<name>\w{1,80})(?:=|[ \t]{1,4})[\"']?(?P<value>[^\s\"'$`{]{4,400})"),
+    re.compile(r"(?:setdefault|putenv|setenv)\(\s{0,8}[\"'](?P<name>\w{1,80})[\"']\s{0,8},\s{0,8}[\"'](?P<value>[^\"'\n]{4,400})[\"']"),
+)
 _KEYWORD_AT = re.compile(_KEYWORD)
 _NAME_BEFORE = re.compile(r"[\w.-]{0,80}\Z")
 _CONNECTION = re.compile(
-    r"(?i)\b(?:host|user|dbname|port)=\S[^\n]{0,400}?\bpassword=[^\s{$<*]"
-    r"|\bpassword=[^\s{$<*]\S{0,200}[ ;]\s?(?:host|user|dbname|port)="
+    r"(?i)\b(?:host|server|data source|user(?: id)?|uid|dbname|database|port)=\S[^\n]{0,400}?\b(?:password|pwd)=[^\s{$<*]"
+    r"|\b(?:password|pwd)=[^\s{$<*]\S{0,200}[ ;]\s?(?:host|server|user(?: id)?|uid|dbname|database|port)="
 )
 """What a driver of a database is given as a text."""
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
@@ -175,13 +195,20 @@ def _assigned(given: str) -> Iterator[bool]:
             yield bool(grade) and _is_random(value)
         else:
             yield _is_value(value) and (grade == _YES or (grade == _PERHAPS and _is_random(value)))
+    for pattern in _VARIABLE:
+        for match in pattern.finditer(given):
+            yield _is_value(match["value"]) and _grade(match["name"]) == _YES
     for match in _UNQUOTED.finditer(given):
-        grade, value = _grade(_whole_name(given, match)), match["value"]
-        # What stands in code without quotes is mostly a name, which has no sign and seldom a digit.
-        if grade == _YES and _is_value(value) and not _ATTRIBUTE.fullmatch(value) and not _KEYWORD_AT.match(value):
-            yield any(character.isdigit() for character in value) or not re.fullmatch(r"[\w.:/-]+", value)
-        else:
-            yield bool(grade) and _is_random(value)
+        yield _is_bare_secret(_grade(_whole_name(given, match)), match["value"])
+    for match in _FLAG.finditer(given):
+        yield _is_bare_secret(_grade(match["name"]), match["value"])
+
+
+def _is_bare_secret(grade: int, value: str) -> bool:
+    # What stands in code without quotes is mostly a name, which has no sign and seldom a digit.
+    if grade == _YES and _is_value(value) and not _ATTRIBUTE.fullmatch(value) and not _KEYWORD_AT.match(value):
+        return any(character.isdigit() for character in value) or not re.fullmatch(r"[\w.:/-]+", value)
+    return bool(grade) and _is_random(value)
 
 
 def _whole_name(given: str, match: re.Match[str]) -> str:
@@ -195,6 +222,8 @@ def _grade(name: str) -> int:
 
     >>> [_grade(name) for name in ("api_key", "hubToken", "--db-password", "model.key", "tokenizer", "max-tokens", "key-dim", "pad_token")]
     [2, 2, 2, 1, 0, 0, 0, 0]
+    >>> [_grade(name) for name in ("PGPASSWORD", "hftoken", "monkey", "bypass")]
+    [2, 2, 0, 0]
     """
     above, _, own = name.rpartition(".")
     words = _words(own)
@@ -203,7 +232,7 @@ def _grade(name: str) -> int:
     if not words:
         return _NO
     last, others = words[-1], frozenset(words[:-1])
-    if last in _SECRET_WORDS:
+    if last in _FUSED or last.endswith(_SECRET_ENDS):
         return _YES
     if last not in _DOUBTFUL_WORDS or not others.isdisjoint(_NO_OWNERS):
         return _NO
@@ -214,6 +243,10 @@ def _grade(name: str) -> int:
 
 def _is_value(value: str) -> bool:
     return _HARMLESS.fullmatch(value.strip()) is None
+
+
+def _is_placeholder(value: str) -> bool:
+    return _PLACEHOLDER.fullmatch(value.strip()) is not None
 
 
 def _is_random(value: str) -> bool:
@@ -227,14 +260,21 @@ def _is_random(value: str) -> bool:
     return not all(_PART_OF_NAME.fullmatch(part) for part in re.split(r"[_\-./:=+~]+", value))
 
 
+def _hides(name: str, value: str) -> bool:
+    """Whether what goes by this name, which a flag has or a param, must not be shown."""
+    grade = _grade(name)
+    if grade == _YES:
+        return not _is_placeholder(value)
+    return grade == _PERHAPS and (_is_random(value) or (name.startswith("-") and _is_value(value)))
+
+
 def named(name: str, value: str) -> str:
     """The value of a variable or param, by its name and by what it is.
 
     >>> named("hub_token", "abcdef"), named("pad_token", "<pad>"), named("max_tokens", "128")
     ('[secret b34b5607]', '<pad>', '128')
     """
-    grade = _grade(name)
-    if _is_value(value) and (grade == _YES or (grade == _PERHAPS and _is_random(value))):
+    if _hides(name, value):
         is_path = "credential" in name.lower() and _FILE.fullmatch(value) is not None
         return value if is_path and not is_secret(value) else hashed(value)
     return text(value)
@@ -251,13 +291,13 @@ def argv(items: Iterable[str]) -> list[str]:
     for item in items:
         name, mark, value = item.partition("=")
         is_flag = item.startswith("--") or re.fullmatch(r"-[A-Za-z][A-Za-z_-]*", name) is not None
-        if flag and not is_flag and _is_value(item):
+        if flag and not is_flag and _hides(flag, item):
             found.append(hashed(item))
-        elif mark and re.fullmatch(r"[-+~]{0,2}[\w./@-]+", name) and _grade(name) and _is_value(value):
+        elif mark and re.fullmatch(r"[-+~]{0,2}[\w./@-]+", name) and _hides(name, value):
             found.append(f"{name}={hashed(value)}")
         else:
             found.append(text(item))
-        flag = item if is_flag and not mark and _grade(item) else ""
+        flag = item if is_flag and not mark else ""
     return found
 
 
@@ -276,7 +316,7 @@ def tree(value: Any, name: str = "", replaced: list[str] | None = None, *, secre
         Whether it is part of what is named like a secret, so that every text in it is one.
     """
     if isinstance(value, str):
-        found: Any = hashed(value) if secret and _is_value(value) else named(name, value)
+        found: Any = hashed(value) if secret and not _is_placeholder(value) else named(name, value)
     elif isinstance(value, (bytes, bytearray)):
         plain = bytes(value).decode("latin-1")
         found = value if not secret and named(name, plain) == plain else hashed(plain)

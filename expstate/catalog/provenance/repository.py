@@ -35,20 +35,20 @@ class Repository:
     common_folder: Path
 
     def remote(self) -> str | None:
-        """The URL of the remote ``origin`` as it stands in ``config``, secrets and all."""
+        """The URL of the remote ``origin``, or of the only one, as it stands in ``config``, secrets and all."""
         text = _read(self.common_folder / "config")
-        found = None
-        inside = False
+        found: dict[str, str] = {}
+        name = None
         for line in (text or "").splitlines():
             line = line.strip()  # noqa: PLW2901 - the same line
             section = _SECTION.match(line)
             if section is not None:
-                inside = section[1].lower() == "remote" and section[2] == "origin"
+                name = section[2] if section[1].lower() == "remote" else None
                 line = line[section.end() :].strip()  # noqa: PLW2901 - what follows the section on the same line
             url = _URL.match(line)
-            if inside and found is None and url is not None:
-                found = _unquoted(url[1]) or None
-        return found
+            if name is not None and url is not None and _unquoted(url[1]):
+                found.setdefault(name, _unquoted(url[1]))
+        return next(iter(found.values())) if len(found) == 1 else found.get("origin")
 
     def head(self) -> tuple[str | None, str | None]:
         """Commit and branch; None where there is none or they are stored in another form."""

@@ -47,7 +47,8 @@ def without_secrets(found: dict[str, Any]) -> dict[str, Any]:
     if "argv" in found:
         found["argv"] = _short(redact.argv(map(str, found["argv"])))
     if isinstance(found.get("source"), str):
-        found["source"] = redact.text(found["source"])[:_LONGEST_SOURCE]
+        # A secret that the cut would go through is seen whole; what comes long after it is not looked at.
+        found["source"] = redact.text(found["source"][: 2 * _LONGEST_SOURCE])[:_LONGEST_SOURCE]
     return found
 
 
