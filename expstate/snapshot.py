@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from expstate import collector
 from expstate.catalog import opening
 from expstate.catalog.model import value_of
-from expstate.catalog.origin import CatalogOption, Origin
+from expstate.catalog.origin import CatalogOption, Origin, record_copy
+from expstate.catalog.recorder import recorder
 from expstate.diff.run import DiffOptions, diff_live, diff_snapshots
 from expstate.engine import ancestry, attempt, copy, describe, export, fetch, memory, restore, verify
 from expstate.engine.devices import check_device
@@ -756,8 +757,9 @@ class Snapshot:
         storage_options: Mapping[str, Any] | None = None,
         memory_budget_bytes: int | None = None,
         progress: ProgressOption = None,
+        catalog: CatalogOption = None,
     ) -> Snapshot:
-        """Copy the snapshot, verified on the way; the copy has the same id.
+        """Copy the snapshot, verified on the way; the copy has the same id, and is another place of the same record.
 
         Parameters
         ----------
@@ -766,6 +768,8 @@ class Snapshot:
         provenance : bool, default True
             Whether the copy says where the snapshot came from. Without, it is still the same snapshot, but its manifest is another and
             has another digest.
+        catalog : Catalog, str, os.PathLike or False, optional
+            Where the new place is recorded, as for ``take``.
 
         Returns
         -------
@@ -780,10 +784,14 @@ class Snapshot:
             If this one is damaged; nothing remains at ``dest``.
         """
         check_option(progress)
+        known_to = recorder(catalog)
         copied = Snapshot(dest, storage_options)
         source, data = self._load()
         budget = memory.budget_bytes(memory_budget_bytes)
         copy.copy(source, data, copied._storage, provenance=provenance, budget=budget, progress=progress)
+        if known_to is not None:
+            copied_source, copied_data = copied._load()
+            record_copy(known_to, copied._storage, copied_source.manifest, copied_data)
         return copied
 
     def export(

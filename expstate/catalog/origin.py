@@ -1,21 +1,24 @@
-"""Where a take comes from and where it is recorded: what ``Snapshot.take`` hands to provenance and catalog.
+"""Where a take comes from and where it is recorded: what ``Snapshot.take`` and ``copy`` hand to provenance and catalog.
 
 Nothing here imports SQLAlchemy before a record is entered.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import TYPE_CHECKING, Any, Union
 
 import msgspec
 
 from expstate.catalog import model, running
-from expstate.catalog.provenance import Gathering, current_user, redact
+from expstate.catalog.provenance import Gathering, current_project, current_user, redact
 from expstate.catalog.recorder import recorder
+from expstate.engine import annotate
 from expstate.engine.request import globs
-from expstate.errors import InvalidMetadataError, ProvenanceWarning
+from expstate.errors import ExpstateError, InvalidMetadataError, ProvenanceWarning
 from expstate.format import manifest as manifests
+from expstate.format import names
 from expstate.state.paths import printable
 
 if TYPE_CHECKING:
@@ -23,8 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from expstate.catalog.catalog import Catalog
+    from expstate.catalog.recorder import Recorder
     from expstate.catalog.running import Pending
     from expstate.format.manifest import Manifest, Metadata
+    from expstate.storage.base import Storage
 
 CatalogOption = Union["Catalog", str, "os.PathLike[str]", bool, None]
 """What ``catalog=`` of a take may be; of the booleans only False."""
@@ -57,7 +62,11 @@ class Origin:
         self, catalog: CatalogOption, replicated: Sequence[str] | None, note: str | None, params: Mapping[str, Any] | None
     ) -> None:
         self._recorder = recorder(catalog)
-        self._gathering = Gathering({} if replicated is None else {"replicated": list(globs(replicated, "replicated"))})
+        given = () if replicated is None else globs(replicated, "replicated")
+        if any(map(names.has_lone_surrogates, given)):
+            msg = "replicated must not hold lone surrogates"
+            raise InvalidMetadataError(msg)
+        self._gathering = Gathering({} if replicated is None else {"replicated": list(given)})
         self.note, self.params = _without_secrets(note, params)
 
     def gather(self) -> None:
@@ -82,6 +91,26 @@ class Origin:
             # The manifest may not say whose it is; the catalog has to know, to find it and to let others' records alone.
             project, user = found.project or self._gathering.project(), found.user or current_user()
             self._recorder.record(msgspec.structs.replace(found, project=project, user=user))
+
+
+def record_copy(known_to: Recorder, storage: Storage, manifest: Manifest, data: bytes) -> None:
+    """Tell the catalog of another place of a snapshot; never raises.
+
+    Parameters
+    ----------
+    known_to : Recorder
+        The catalog's.
+    storage : Storage
+        The copy's folder.
+    manifest, data : Manifest, bytes
+        The copy's manifest, decoded and as it is.
+    """
+    annotations = None
+    with contextlib.suppress(ExpstateError, OSError):  # what cannot be read was copied as it is
+        annotations = annotate.read(storage, manifest.id)
+    found = model.describe(manifest, manifests.digest_of(data), redact.url(storage.url), annotations)
+    project, user = found.project or current_project(), found.user or current_user()
+    known_to.record(msgspec.structs.replace(found, project=project, user=user), taken_now=False)
 
 
 def _without_secrets(note: str | None, params: Mapping[str, Any] | None) -> tuple[str | None, Mapping[str, Any] | None]:

@@ -80,12 +80,12 @@ class _Desk:
         except Exception as error:  # noqa: BLE001 - as said
             _log.debug("the catalog is not ready: %s", error)
 
-    def enter(self, data: RecordData, timeout_seconds: float) -> None:
-        """Enter a record as the newest of its project."""
+    def enter(self, data: RecordData, timeout_seconds: float, *, taken_now: bool) -> None:
+        """Enter a record: as the newest of its project, or where the time of its take puts it."""
         database = self.database()
         from expstate.catalog import rows  # noqa: PLC0415 - needs SQLAlchemy
 
-        database.write(lambda connection: rows.put(connection, data, live=True), timeout_seconds)
+        database.write(lambda connection: rows.put(connection, data, live=taken_now), timeout_seconds)
         self.is_warm = True
 
     def enter_spool(self) -> None:
@@ -186,16 +186,23 @@ class Recorder:
         if not self._desk.is_warm and not self._desk.rests:
             _Job(functools.partial(self._desk.prepare, self._timeout_seconds)).start()
 
-    def record(self, data: RecordData) -> None:
+    def record(self, data: RecordData, *, taken_now: bool = True) -> None:
         """Enter a record, or keep it in the spool; raises nothing, and waits no longer than the setting allows.
 
         An interrupt by the user passes, when the record is safe.
+
+        Parameters
+        ----------
+        data : RecordData
+            The record.
+        taken_now : bool, default True
+            Whether it is of a take, and not of a copy.
         """
         if self._desk.rests:
             self._keep(data, "it has failed a short time ago")
             return
         patience = self._timeout_seconds * _SHARE_OF_CATALOG
-        job = _Job(functools.partial(self._enter, data, patience * _SHARE_OF_LOCK), self._desk.enter_spool)
+        job = _Job(functools.partial(self._enter, data, patience * _SHARE_OF_LOCK, taken_now=taken_now), self._desk.enter_spool)
         try:
             job.start()
             job.wait(patience)
@@ -210,9 +217,9 @@ class Recorder:
         while self._desk.notices:
             _warn(self._desk.notices.pop())
 
-    def _enter(self, data: RecordData, timeout_seconds: float) -> None:
+    def _enter(self, data: RecordData, timeout_seconds: float, *, taken_now: bool) -> None:
         self._desk.add_root(data.url)
-        self._desk.enter(data, timeout_seconds)
+        self._desk.enter(data, timeout_seconds, taken_now=taken_now)
 
     def _append(self, data: RecordData) -> None:
         """Put a record into the spool."""

@@ -228,7 +228,7 @@ def _show_rows(rows: Sequence[EntryDiff], view: View, *, with_statistics: bool) 
 
 
 def _copy(session: Session, arguments: argparse.Namespace) -> Snapshot:
-    return session.snapshot(arguments.ref).copy(arguments.dest, provenance=not arguments.no_provenance)
+    return session.snapshot(arguments.ref).copy(arguments.dest, provenance=not arguments.no_provenance, catalog=arguments.catalog)
 
 
 def _show_copy(copied: Snapshot, view: View, arguments: argparse.Namespace) -> None:

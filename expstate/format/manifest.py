@@ -41,6 +41,7 @@ MAX_ENTRIES = 10_000_000
 
 _TAIL_START, _TAIL_END = b',"blake3":"', b'"}\n'
 _TAIL_BYTES = len(_TAIL_START) + 2 * DIGEST_BYTES + len(_TAIL_END)
+_HEXADECIMAL = frozenset(b"0123456789abcdef")
 _TAIL_AND_MORE = re.compile(rb',"blake3":"[0-9a-f]{64}"\}.', re.DOTALL)
 _HEAD = re.compile(rb'\{"format":(\d{1,9}),"id":"([0-9a-f]{32})"')
 
@@ -227,11 +228,11 @@ def is_torn(data: bytes) -> bool:
     A manifest whose end is there but altered, or followed by something else, is damaged, not torn.
     """
     tail = data[-_TAIL_BYTES:]
-    expected = _TAIL_START + b"\0" * (2 * DIGEST_BYTES) + _TAIL_END
-    fixed = [index for index, byte in enumerate(expected) if byte]
-    if len(tail) < _TAIL_BYTES or sum(tail[index] == expected[index] for index in fixed) < len(fixed) // 2:
-        return _TAIL_AND_MORE.search(data) is None
-    return False
+    start, digits, end = tail[: len(_TAIL_START)], tail[len(_TAIL_START) : -len(_TAIL_END)], tail[-len(_TAIL_END) :]
+    # Half of each is enough: a few bytes of it may be damaged.
+    frame = [found == byte for found, byte in zip(start + end, _TAIL_START + _TAIL_END, strict=False)]
+    is_end = sum(frame) >= len(_TAIL_START + _TAIL_END) // 2 and sum(digit in _HEXADECIMAL for digit in digits) >= DIGEST_BYTES
+    return not is_end and _TAIL_AND_MORE.search(data) is None
 
 
 def identify(data: bytes) -> tuple[str, str]:

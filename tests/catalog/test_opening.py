@@ -11,11 +11,12 @@ import msgspec
 import pytest
 
 from expstate import Catalog, Snapshot, settings
-from expstate.catalog import opening, rows
+from expstate.catalog import opening, recorder, rows
 from expstate.catalog.model import describe
 from expstate.errors import (
     CatalogCorruptError,
     CatalogUnavailableError,
+    CatalogWarning,
     InvalidArgumentError,
     RefNotFoundError,
     SnapshotChangedError,
@@ -152,6 +153,40 @@ def test_a_snapshot_that_was_moved_is_found_at_its_copy(catalog: Catalog, take: 
     assert copied.path == found.path
     assert {copied.path: "present", taken.path: "missing"} == statuses(catalog, taken.id)
     assert ("present", copied.path) == (catalog["baseline"].status, catalog["baseline"].url)
+
+
+def test_a_copy_is_recorded_as_another_place(any_catalog: Catalog, take: Take, tmp_path: Path) -> None:
+    """With or without its provenance, and found there when the first place is gone."""
+    taken = take(any_catalog, "one", name="baseline")
+    take(any_catalog, "two")
+    places = [taken.copy(tmp_path / "copy", catalog=any_catalog).path]
+    places += [taken.copy(tmp_path / "bare", provenance=False, catalog=any_catalog).path]
+    taken.copy(tmp_path / "elsewhere" / "unknown", catalog=False)
+
+    assert dict.fromkeys([taken.path, *places], "present") == statuses(any_catalog, taken.id)
+    assert any_catalog["latest"].id != taken.id
+    assert "tests" == any_catalog["baseline"].project
+    assert any_catalog.check().ok
+    shutil.rmtree(taken.path)
+    assert places[0] == Snapshot.find("baseline", catalog=any_catalog).path
+
+
+def test_a_copy_of_a_snapshot_that_nobody_recorded_is_recorded_where_its_time_puts_it(catalog: Catalog, take: Take, tmp_path: Path) -> None:
+    old = take(None, "old", name="baseline")
+    new = take(catalog, "new")
+    old.copy(tmp_path / "copy", catalog=catalog)
+
+    assert [old.id, new.id] == [catalog["baseline"].id, catalog["latest"].id]
+
+
+def test_a_catalog_that_fails_does_not_fail_a_copy(take: Take, tmp_path: Path) -> None:
+    recorder.forget()  # it is said once per process
+    (tmp_path / "file").touch()
+    with pytest.warns(CatalogWarning, match="was not entered"):
+        copied = take(None, "one").copy(tmp_path / "copy", catalog=tmp_path / "file" / "catalog.db")
+
+    assert copied.verify().ok
+    recorder.forget()
 
 
 def test_a_path_is_opened_where_it_was_said(catalog: Catalog, take: Take, tmp_path: Path) -> None:

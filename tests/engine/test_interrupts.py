@@ -22,7 +22,7 @@ from expstate.pending import PendingSnapshot
 from expstate.storage.local import LocalStorage
 from expstate.testing import FaultyStorage
 
-from .crashes import AFTER, BEFORE, EARLIER, PLACE, act, assert_clean, check, found_at, prepare, state
+from .crashes import AFTER, BEFORE, EARLIER, PLACE, act, assert_clean, check, crew_threads, found_at, prepare, state
 from .processes import Changes, changes_of, in_child, watched
 
 
@@ -31,15 +31,10 @@ def interrupt(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def at_work() -> list[str]:
-    """Threads of ours that are at work; one whose start was interrupted is in the list for ever, but does not live."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("expstate") and thread.is_alive()]
-
-
 def settle() -> None:
     """Let a thread end that has said that it is done, or was just being started and finds that there is nothing to do."""
     until = time.monotonic() + 5
-    while any(name.startswith("expstate-take") for name in at_work()) and time.monotonic() < until:
+    while any(name.startswith("expstate-take") for name in crew_threads()) and time.monotonic() < until:
         time.sleep(0.001)
 
 
@@ -62,12 +57,12 @@ def ended_by(function: Callable[[], Any]) -> BaseException | None:
 def assert_quiet(root: Path) -> int | None:
     """Nobody is at work, nothing is left, and it stays so; what is visible."""
     settle()
-    assert [] == at_work()
+    assert [] == crew_threads()
     assert_clean(root)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     time.sleep(0.02)
     settle()
-    assert [] == at_work()
+    assert [] == crew_threads()
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert 1 == found_at(root / EARLIER)
     return found_at(root / PLACE)
@@ -230,7 +225,7 @@ def test_without_waiting_for_the_threads_they_go_on(tmp_path: Path, monkeypatch:
     try:
         with pytest.raises(KeyboardInterrupt):
             Snapshot.take(storage.url, state(3))
-        assert at_work()
+        assert crew_threads()
     finally:
         for thread in threading.enumerate():
             if thread.name.startswith("expstate"):
@@ -251,7 +246,7 @@ def test_interrupts_while_it_cleans_up_are_put_off(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Snapshot.take(storage.url, state(3))
 
-    assert [] == at_work()
+    assert [] == crew_threads()
     assert BEFORE["take"] == found_at(tmp_path / PLACE)
 
 
@@ -314,7 +309,7 @@ def test_a_restore_that_is_interrupted_says_what_holds_what(tmp_path: Path) -> N
         storage.heal()
         storage.run("read_into", number, function=interrupt)
         error = ended_by(functools.partial(snapshot.restore, live, memory_budget_bytes=4 * 2**20))
-        assert [] == at_work()
+        assert [] == crew_threads()
         if error is None:
             break
         assert isinstance(error, RestoreInterruptedError)
@@ -346,7 +341,7 @@ def test_an_atomic_restore_that_is_interrupted_while_it_reads_changes_nothing(tm
     with pytest.raises(KeyboardInterrupt):
         Snapshot(storage.url).restore(live, atomic=True, memory_budget_bytes=budget)
 
-    assert [] == at_work()
+    assert [] == crew_threads()
     assert all(bool((tensor == 7).all()) for tensor in live["model"].values())
 
 
@@ -368,7 +363,7 @@ def test_restores_interrupted_at_any_moment(tmp_path: Path) -> None:
             outcome = "interrupted"
         except KeyboardInterrupt:
             outcome = "outside"
-        assert [] == at_work()
+        assert [] == crew_threads()
         before = [tensor.clone() for tensor in live["model"].values()]
         time.sleep(0.01)
         assert all(torch.equal(one, other) for one, other in zip(before, live["model"].values(), strict=True))
