@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib.metadata
 import os
 import re
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def test_show_tells_all_about_a_snapshot(project: Project, run: Run) -> None:
     assert "torch.nn.modules.container.Sequential" in text
     found = run("show best --json").json
     assert (record.id, {"lr": 1e-3, "optimizer": "adam"}) == (found["id"], found["params"])
-    assert torch.__version__ == found["packages"]["torch"]
+    assert importlib.metadata.version("torch") == found["packages"]["torch"]
     assert found["created_at"] == record.created_at.isoformat()
 
 
