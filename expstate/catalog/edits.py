@@ -249,8 +249,9 @@ class _Places:
         for location in record.locations:
             if location.status == "present":
                 self._add(location)
-        if not record.locations or all(location.status != "present" for location in record.locations):
-            self._left_out.append(f"no folder of snapshot {record.id[:8]} is known to be there")
+        if not self._storages and not self._left_out:
+            places = "; ".join(f"the snapshot is not at {location.url!r} any more" for location in record.locations)
+            self._left_out.append(places or f"no folder of snapshot {record.id[:8]} is known")
 
     def _add(self, location: Location) -> None:
         try:
@@ -263,8 +264,6 @@ class _Places:
             self._storages.append(storage)
         elif opening.is_elsewhere(location):
             self._left_out.append(f"{location.url!r} is on the disk of host {location.host!r}")
-        else:
-            self._left_out.append(f"the snapshot is not at {location.url!r} any more")
 
     def write(self, before: Annotations, change: Change) -> Annotations:
         """Merge what the files hold with what was added before and is added now, and write it to all of them.

@@ -475,3 +475,14 @@ def test_a_former_holder_whose_annotations_are_damaged_loses_the_alias(catalog: 
     catalog.alias("two", "best")
 
     assert ("two", ()) == (catalog["best"].name, catalog["one"].aliases)
+
+
+def test_a_place_where_the_snapshot_is_no_more_needs_no_warning(catalog: Catalog, take: Take, tmp_path: Path) -> None:
+    """What was added is in the folder that has it."""
+    taken = take(catalog, "one")
+    taken.copy(tmp_path / "copy", catalog=catalog).delete()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ("kept",) == catalog.tag(taken.id, "kept").tags
+
+    assert not (tmp_path / "copy").exists()
