@@ -13,6 +13,8 @@ Examples
 3
 """
 
+from typing import TYPE_CHECKING, Any
+
 from expstate import errors, settings
 from expstate._version import __version__
 from expstate.catalog.catalog import Catalog
@@ -45,5 +47,64 @@ __all__ = [
     "__version__",
     "errors",
     "gc",
+    "lock",
+    "register",
     "settings",
 ]
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Register ``%snapshot``: what ``%load_ext expstate`` calls."""
+    from expstate.notebook import extension  # noqa: PLC0415 - only notebooks need it
+
+    extension.load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Take ``%snapshot`` away again: what ``%unload_ext expstate`` calls."""
+    from expstate.notebook import extension  # noqa: PLC0415 - as above
+
+    extension.unload(shell)
+
+
+def register(**objects: Any) -> None:
+    """Keep names for ``%snapshot``: without names, it takes what was registered.
+
+    An object that no name of the notebook stands for is held by a weak reference. If a name stands for another object later, that is
+    said when it is used.
+
+    Parameters
+    ----------
+    **objects
+        What is meant, by the names that it goes by.
+
+    Raises
+    ------
+    NotInNotebookError
+        If ``%load_ext expstate`` was not run.
+    """
+    from expstate.notebook.kernel import current  # noqa: PLC0415 - as above
+
+    kernel = current()
+    kernel.registry.add(kernel.namespace, objects)
+
+
+def lock() -> "AbstractContextManager[bool]":
+    """What takes, restores and comparisons of this notebook hold; training threads of your own may hold it too.
+
+    Returns
+    -------
+    context manager
+        A reentrant lock, to be used in a ``with`` block.
+
+    Raises
+    ------
+    NotInNotebookError
+        If ``%load_ext expstate`` was not run.
+    """
+    from expstate.notebook.kernel import current  # noqa: PLC0415 - as above
+
+    return current().lock

@@ -231,6 +231,26 @@ class RefNotFoundError(SnapshotNotFoundError, LookupError):
     """No snapshot goes by this ref. The message lists the nearest names."""
 
 
+class NameNotFoundError(ExpstateError, NameError):
+    """A name stands for nothing in the namespace of a notebook. Create the object first, or look at the names that the message lists."""
+
+
+class NotInNotebookError(ExpstateError, RuntimeError):
+    """Something of a notebook was asked for where none is. Run ``%load_ext expstate`` in it first."""
+
+
+class CellFailedError(ExpstateError, RuntimeError):
+    """A cell under ``%%snapshot`` raised or was interrupted. The error of the cell is shown above, and is the cause of this one."""
+
+
+class UndoError(ExpstateError, RuntimeError):
+    """There is nothing to undo or redo, or the state was changed since. Pass ``-y`` if that is to be thrown away."""
+
+
+class NoUndoRoomError(ExpstateError, MemoryError):
+    """There is no room to keep what would be overwritten, and nothing was changed. Free some, or pass ``undo=False`` (``--no-undo``)."""
+
+
 class AmbiguousRefError(ExpstateError, LookupError):
     """The beginning of an id fits several snapshots. Give more of it."""
 

@@ -158,6 +158,27 @@ class PendingSnapshot:
         self._done.wait()
         return isinstance(self._error, TakeCancelledError)
 
+    def add_done_callback(self, callback: Callable[[PendingSnapshot], object]) -> None:
+        """Have a function called when the take has ended: at once if it has, else from the take's own thread.
+
+        Parameters
+        ----------
+        callback : callable
+            Called with this object; what it raises is logged.
+        """
+
+        def tell() -> None:
+            try:
+                callback(self)
+            except Exception:  # noqa: BLE001 - of somebody's function
+                _log.exception("a callback of the take to %r failed", self.path)
+
+        with self._lock:
+            if not self._done.is_set():
+                self._callbacks.append(tell)
+                return
+        tell()
+
     def __await__(self) -> Generator[Any, None, Snapshot]:
         return self._wait_async().__await__()
 

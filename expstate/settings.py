@@ -59,6 +59,10 @@ class Settings:
         Record the source of the notebook cell that takes.
     schemes : str, default ""
         Schemes besides ``fs``, ``file``, ``s3`` and ``gs`` that a URL from a catalog may have to be opened, separated by commas.
+    root : str, default ""
+        Where a notebook's snapshots go; empty means ``expstate-snapshots`` beside the notebook.
+    undo_budget_bytes : int, default 0
+        Host memory for what undo, redo and guarded cells keep; 0 means a tenth of what is available. More goes to the user's cache folder.
 
     Examples
     --------
@@ -82,6 +86,8 @@ class Settings:
     provenance_diff: bool = False
     provenance_source: bool = True
     schemes: str = ""
+    root: str = ""
+    undo_budget_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

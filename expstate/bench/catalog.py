@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expstate import Catalog, Snapshot, settings
+from expstate import settings
 from expstate.bench import measure, state
 from expstate.bench.measure import Meter
 from expstate.bench.plan import BUDGET_BYTES, FILLED_PROJECT, MIB, Outcome, Task
 from expstate.bench.state import TensorState
 from expstate.bench.systems import KEY
+from expstate.catalog.catalog import Catalog
+from expstate.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from expstate.commands.table import VERBS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from expstate.commands.verb import Verb
 
@@ -73,9 +73,12 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def build_parser(
-    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser, program: str = "expstate"
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+    program: str = "expstate",
+    table: Sequence[Verb] = VERBS,
+    epilog: str = EPILOG,
 ) -> argparse.ArgumentParser:
-    """A parser of all verbs.
+    """A parser of verbs.
 
     Parameters
     ----------
@@ -83,6 +86,10 @@ def build_parser(
         What the parser and those of its verbs are made of.
     program : str, default "expstate"
         What a command begins with.
+    table : sequence of Verb, optional
+        The verbs; default those of the command line.
+    epilog : str, optional
+        What else help says.
 
     Returns
     -------
@@ -94,12 +101,23 @@ def build_parser(
     >>> build_parser().parse_args(["list", "loss < 0.2", "--limit", "3"]).limit
     3
     """
-    parser = parser_class(prog=program, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Formatter)
+    parser = parser_class(prog=program, description=DESCRIPTION, epilog=epilog, formatter_class=_Formatter)
     verbs = parser.add_subparsers(metavar="VERB", dest="verb", title="verbs", parser_class=parser_class)
-    for verb in VERBS:
+    for verb in table:
         _add(verbs, verb)
     parser.set_defaults(verb=None)
     return parser
+
+
+def help_of(parser: argparse.ArgumentParser, name: str) -> str:
+    """The help of one verb of a parser that ``build_parser`` made.
+
+    >>> help_of(build_parser(), "pin").splitlines()[0]
+    'usage: expstate pin [-h] [--catalog URL] [--project NAME] [--json] REF'
+    """
+    (verbs,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001 - argparse has no other way
+    text: str = verbs.choices[name].format_help()
+    return text
 
 
 def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb) -> None:

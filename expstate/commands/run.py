@@ -60,10 +60,9 @@ def run(arguments: argparse.Namespace, *, program: str = "expstate") -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except (ExpstateError, OSError, ImportError) as error:
-        message = _message(error)
+        message = explain(error, verb)
         if message is None:
             raise
-        message = _with_options(message, verb)
         if as_json:
             with contextlib.suppress(OSError):  # which may be the error
                 _print_json({"error": message, "type": type(error).__name__})
@@ -94,6 +93,20 @@ def _print(verb: Verb, result: Any, arguments: argparse.Namespace, *, as_json: b
 def _print_json(document: Any) -> None:
     # ASCII alone: what a terminal would act on, and lone surrogates, are escapes.
     sys.stdout.write(json.dumps(plain(document), indent=2, allow_nan=False) + "\n")
+
+
+def explain(error: Exception, verb: Verb) -> str | None:
+    """What to say of an error to a person who typed a verb; None for one that is not theirs to know.
+
+    Parameters
+    ----------
+    error : Exception
+        What was raised.
+    verb : Verb
+        What was called.
+    """
+    message = _message(error)
+    return None if message is None else _with_options(message, verb)
 
 
 def _message(error: Exception) -> str | None:

@@ -6,7 +6,7 @@ needs ten thousand objects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,7 +17,7 @@ from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEn
 from expstate.state import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import pandas as pd
 
@@ -252,6 +252,19 @@ class SnapshotDiff:
             msg = f"change must be one of {', '.join(CHANGES)}, got {change!r}"
             raise InvalidArgumentError(msg)
         return tuple(self._row(entry.path, None) for entry in getattr(self._comparison, change))
+
+    def only(self, globs: Sequence[str]) -> SnapshotDiff:
+        """The same comparison, of the entries whose paths match one of these globs alone; ``*`` crosses ``/``."""
+        matches = paths.matcher(globs)
+        found = self._comparison
+        comparison = msgspec.structs.replace(
+            found,
+            added=[entry for entry in found.added if matches(entry.path)],
+            removed=[entry for entry in found.removed if matches(entry.path)],
+            changed=[change for change in found.changed if matches(change.path)],
+            same=[entry for entry in found.same if matches(entry.path)],
+        )
+        return replace(self, _comparison=comparison, _changes={path: change for path, change in self._changes.items() if matches(path)})
 
     def kept_otherwise(self) -> tuple[EntryDiff, ...]:
         """Entries that are the same, but tied to another tensor now or no longer, or cut into other boxes."""

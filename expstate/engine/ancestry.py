@@ -5,17 +5,20 @@ Takes and restores tell it; a take asks it for the parent that its manifest name
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
 _lock = threading.Lock()
 _last: dict[str, tuple[int, str]] = {}
 _count = itertools.count()
+_is_private: ContextVar[bool] = ContextVar("expstate_ancestry_is_private", default=False)
 
 
 def moment() -> int:
@@ -25,6 +28,8 @@ def moment() -> int:
 
 def note(keys: Iterable[str], snapshot_id: str, at: int | None = None) -> None:
     """The state under these keys is, or at that moment was, that of this snapshot."""
+    if _is_private.get():
+        return
     found = (moment() if at is None else at, snapshot_id)
     with _lock:
         for key in keys:
@@ -42,6 +47,39 @@ def parent_of(keys: Iterable[str]) -> str | None:
     with _lock:
         found = [_last[key] for key in keys if key in _last]
     return max(found)[1] if found else None
+
+
+def parents_of(keys: Iterable[str]) -> dict[str, str | None]:
+    """For each of these keys the id of the last snapshot that was noted with it."""
+    with _lock:
+        return {key: _last[key][1] if key in _last else None for key in keys}
+
+
+def put_back(parents: Mapping[str, str | None]) -> None:
+    """The state under these keys is again what it was when ``parents_of`` said this."""
+    at = moment()
+    with _lock:
+        for key, parent in parents.items():
+            if parent is None:
+                _last.pop(key, None)
+            else:
+                _last[key] = (at, parent)
+
+
+@contextlib.contextmanager
+def unnoted() -> Iterator[None]:
+    """What is taken or restored inside this ``with`` block is nobody's parent.
+
+    >>> with unnoted():
+    ...     note(["scheduler"], "0" * 31 + "3")
+    >>> parent_of(["scheduler"]) is None
+    True
+    """
+    token = _is_private.set(True)
+    try:
+        yield
+    finally:
+        _is_private.reset(token)
 
 
 def forget() -> None:

@@ -38,6 +38,8 @@ class RestoreOptions:
     cast: bool
     trust: bool
     device: torch.device | None
+    is_part: bool = False
+    """Whether the snapshot was meant to hold only some names of a module, so that none is missing from it."""
 
 
 class Placement(msgspec.Struct, eq=False):
@@ -98,7 +100,7 @@ class _KeyPlanner:
         self._options = options
         self._root = paths.quote(key)
         self._is_module = isinstance(stateful, torch.nn.Module)
-        self._plan = KeyPlan(key, stateful, live_state, on_meta=meta.on_meta(stateful, self._root))
+        self._plan = KeyPlan(key, stateful, live_state, on_meta=meta.on_meta(stateful, self._root), is_full=not options.is_part)
         self._live: dict[str, tree.Leaf] = {leaf.path: leaf for leaf in tree.flatten(key, live_state, allow_meta=True)}
         self._device_of = self._device_rule(stateful)
 

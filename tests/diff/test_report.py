@@ -347,3 +347,13 @@ def test_every_statistic_is_there(take: Take) -> None:
         "inf_old": 0,
         "inf_new": 1,
     } == msgspec.structs.asdict(found)
+
+
+def test_a_comparison_can_be_narrowed(mixed: SnapshotDiff) -> None:
+    narrow = mixed.only(["state/w", "state/g*"])
+
+    assert (("state/w",), ("state/gone",), (), ()) == (narrow.changed, narrow.removed, narrow.added, narrow.same)
+    assert ["state/w", "state/gone"] == [row.entry for row in narrow]
+    assert mixed["state/w"] == narrow["state/w"]
+    assert not mixed.only(["state/kept"])
+    assert {"state/come", "state/epoch", "state/gone", "state/kept", "state/w"} == {row.entry for row in mixed.only(["*"])}

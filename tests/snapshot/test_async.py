@@ -396,3 +396,22 @@ def test_staging_memory_goes_back(place: Path, no_staging_left: None) -> None:
 
     assert resident() - before < 32 * MIB
     assert taken.done()
+
+
+def test_callbacks_are_called_when_it_has_ended(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From the take's thread, or at once; one that raises is logged and keeps nothing from the others."""
+    ended: list[tuple[str, bool]] = []
+
+    def fail(_: PendingSnapshot) -> None:
+        raise ValueError
+
+    begun = Snapshot.async_take(place, {"state": StateDict(weight=torch.ones(3))})
+    begun.add_done_callback(fail)
+    begun.add_done_callback(lambda done: ended.append((done.id, done.done())))
+    begun.wait()
+    begun._thread.join()
+    assert [(begun.id, True)] == ended
+    begun.add_done_callback(lambda done: ended.append((done.id, done.done())))
+
+    assert 2 == len(ended)
+    assert "a callback of the take" in caplog.text
