@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 import threading
@@ -101,10 +100,19 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
+def _has_widgets() -> bool:
+    """Whether ipywidgets is there and can be imported: with another IPython than it expects it cannot, and no take fails for that."""
+    try:
+        importlib.import_module("ipywidgets")
+    except Exception:  # noqa: BLE001 - as said
+        return False
+    return True
+
+
 def _bar(operation: str, total_bytes: int) -> Any:
     try:
         # In a notebook a widget, where there are widgets; tqdm.auto warns where there are none.
-        name = "tqdm.notebook" if in_notebook() and importlib.util.find_spec("ipywidgets") else "tqdm"
+        name = "tqdm.notebook" if in_notebook() and _has_widgets() else "tqdm"
         tqdm: Any = importlib.import_module(name).tqdm
     except ImportError:
         return None  # a bare GPU machine: no bar
