@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from expstate.engine.collect import gc
 from expstate.engine.report import counted
 from expstate.errors import ExpstateError
-from expstate.notebook import place
+from expstate.notebook import complete, place
 from expstate.notebook.kernel import Kernel, current, set_current
+from expstate.notebook.undo import clean_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _after_cell: list[Callable[..., None]] = []
+_completion: list[Callable[[], None]] = []
 
 
 def load(shell: Any) -> None:
@@ -37,7 +39,8 @@ def load(shell: Any) -> None:
 
     shell.events.register("post_run_cell", tell)
     _after_cell.append(tell)
-    for text in (place.notice(), _leftovers(kernel)):
+    _completion.append(complete.register(kernel))
+    for text in (place.notice(), _leftovers(kernel), _kept_by_dead()):
         if text is not None:
             kernel.say(text)
 
@@ -45,9 +48,12 @@ def load(shell: Any) -> None:
 def unload(shell: Any) -> None:
     """Take the magic away again."""
     with contextlib.suppress(ExpstateError):
+        current().watcher.stop()
         current().turns.leave()
     while _after_cell:
         shell.events.unregister("post_run_cell", _after_cell.pop())
+    while _completion:
+        _completion.pop()()
     for kind in ("line", "cell"):
         shell.magics_manager.magics[kind].pop("snapshot", None)
     set_current(None)
@@ -66,3 +72,12 @@ def _leftovers(kernel: Kernel) -> str | None:
         return None
     takes = counted(len(found), "take")
     return f"{takes} in {root!r} did not come to an end and left no snapshot; `%snapshot gc {root} -y` removes the files"
+
+
+def _kept_by_dead() -> str | None:
+    """Remove what kernels that were killed had kept on disk for an undo; nobody can use it any more."""
+    try:
+        removed = clean_leftovers()
+    except OSError:
+        return None
+    return f"removed {counted(len(removed), 'copy')} that kernels that were killed had kept on disk for an undo" if removed else None

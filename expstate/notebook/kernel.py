@@ -24,6 +24,7 @@ from expstate.notebook.place import Place
 from expstate.notebook.restoring import Restorer
 from expstate.notebook.results import LiveStatus
 from expstate.notebook.turns import Turn, Turns
+from expstate.notebook.watch import Watcher
 from expstate.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Kernel:
         self._promised: dict[str, threading.Event] = {}
         self._failures: list[str] = []
         self.restorer = Restorer(self)
+        self.watcher = Watcher(self)
         self._listeners: list[Callable[[], None]] = []
 
     # What is here
@@ -256,6 +258,7 @@ class Kernel:
             return pending
         try:
             snapshot = pending.wait()
+            given_to_it.wait()  # the kernel may be ended right after
         except KeyboardInterrupt:
             pending.cancel()
             raise
@@ -383,6 +386,7 @@ class Kernel:
             can_undo=self.can_undo,
             can_redo=self.can_redo,
             root=self.place.root,
+            watched=self.watcher.text,
         )
 
 

@@ -102,6 +102,8 @@ class LiveStatus(_Text):
         Whether there is something to take back.
     root : str
         Where new snapshots go.
+    watched : str or None
+        What is taken by itself, in words.
     """
 
     base: Snapshot | None
@@ -112,6 +114,7 @@ class LiveStatus(_Text):
     can_undo: bool
     can_redo: bool
     root: str
+    watched: str | None = None
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -138,6 +141,8 @@ class LiveStatus(_Text):
             lines.append(
                 f"can be taken back: {' and '.join([*(['the last restore'] * self.can_undo), *(['the last undo'] * self.can_redo)])}"
             )
+        if self.watched is not None:
+            lines.append(self.watched)
         lines.append(f"new snapshots go to {printable(self.root)}")
         return "\n".join(lines)
 

@@ -135,6 +135,16 @@ def _wait(session: Session, arguments: argparse.Namespace) -> results.Help:
     return results.Help(f"{results.several(found)} committed" if found else "no take goes on")
 
 
+def _watch(session: Session, arguments: argparse.Namespace) -> results.Help:
+    watcher = kernel_of(session).watcher
+    if arguments.off:
+        return results.Help(watcher.stop())
+    if arguments.every is None:
+        msg = "say how often, by --every 10m, --every 50steps or --every cell; or --off to watch no more"
+        raise InvalidArgumentError(msg)
+    return results.Help(watcher.start(arguments.names, arguments.every, arguments.keep_last))
+
+
 # list, show, diff
 
 
@@ -299,6 +309,20 @@ OWN: tuple[Verb, ...] = (
         "Take the last undo back.",
         "redo",
         _YES,
+    ),
+    _verb(
+        "watch",
+        _watch,
+        "Take by itself: every so often, or after every cell that succeeds.",
+        "watch model optimizer --every 50steps --keep-last 3",
+        _NAMES,
+        argument("--every", metavar="RHYTHM", help="a time such as 10m, steps such as 50steps, or cell"),
+        argument("--keep-last", type=int, metavar="N", help="remove older takes of this watch that have no tag, alias or pin"),
+        argument("--off", action="store_true", help="watch no more"),
+        details=(
+            "What is due is taken at the end of the next step of the first optimizer that is named, or at the end of the cell. "
+            "Steps are those of that optimizer. One thing is watched at a time."
+        ),
     ),
     _verb("wait", _wait, "Wait until all takes are committed.", "wait"),
 )
