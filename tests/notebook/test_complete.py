@@ -194,10 +194,12 @@ def test_a_take_that_goes_on_is_offered(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_slow_catalog_is_not_waited_for_and_its_words_come_when_they_are_there(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(complete, "WAIT_SECONDS", 0)
-    may_answer, asked = threading.Event(), []
+    begun, may_answer = threading.Event(), threading.Event()
+    asked: list[threading.Thread] = []
 
     def slowly(catalog: Catalog) -> dict[str, tuple[str, ...]]:
-        asked.append(1)
+        asked.append(threading.current_thread())
+        begun.set()
         may_answer.wait(30)
         return vocabulary(catalog)
 
@@ -205,8 +207,8 @@ def test_a_slow_catalog_is_not_waited_for_and_its_words_come_when_they_are_there
     completer = Completer(kernel)
     signs = ("", ["latest", "latest~1"])
     assert [signs] * 3 == [completer.complete("%snapshot restore ") for _ in range(3)]
-    assert 1 == len(asked)
-    thread = next(thread for thread in threading.enumerate() if thread.name == "expstate-complete")
+    assert begun.wait(30)
+    (thread,) = asked
     may_answer.set()
     thread.join()
     found = completer.complete("%snapshot restore b")
