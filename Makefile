@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.expstate-stamp
 
-.PHONY: help demo test check bench gpu clean
+.PHONY: help demo test browser check bench gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-6s  %s\n' "$$name" "$$text"; done
@@ -23,9 +23,15 @@ demo: $(STAMP) ## train on real data, be killed, resume, restore the best weight
 test: $(STAMP) ## run every test and the examples in the docstrings
 	@command -v strace >/dev/null || bash .ci/install-strace
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
+	@command -v chromium >/dev/null || bash .ci/install-chromium
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not gpu"
 	@# These break disks and processes and need the machine to themselves.
-	@if grep -rqE 'mark\.slow\b' tests; then set -x; $(BIN)/python -m pytest -m "slow and not gpu" tests; fi
+	@if grep -rqE 'mark\.slow\b' tests; then set -x; $(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/browser tests; fi
+	VENV=$(VENV) bash .ci/lessons
+
+browser: $(STAMP) ## open notebooks in JupyterLab, Notebook 7 and Voila with a real browser (minutes)
+	@command -v chromium >/dev/null || bash .ci/install-chromium
+	$(BIN)/python -m pytest -m slow tests/browser
 
 check: $(STAMP) ## lint, format, types, and the floors of the architecture
 	$(BIN)/ruff check .

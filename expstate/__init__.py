@@ -45,6 +45,7 @@ __all__ = [
     "Stateful",
     "VerifyReport",
     "__version__",
+    "browse",
     "errors",
     "gc",
     "lock",
@@ -108,3 +109,21 @@ def lock() -> "AbstractContextManager[bool]":
     from expstate.notebook.kernel import current  # noqa: PLC0415 - as above
 
     return current().lock
+
+
+def browse(query: str | None = None) -> Any:
+    """Open the browser of snapshots.
+
+    Parameters
+    ----------
+    query : str, optional
+        What it shows at first, as for ``Catalog.search``.
+
+    Returns
+    -------
+    widget
+        To be the last value of a cell.
+    """
+    from expstate.notebook.browser import browse as open_browser  # noqa: PLC0415 - as above
+
+    return open_browser(query)

@@ -76,6 +76,11 @@ class Records(Sequence["Record"]):
             self._rest = None
         return self._rows
 
+    @property
+    def rows(self) -> Sequence[int]:
+        """The numbers of all their rows, in order; for what shows many of them without reading each."""
+        return self._complete()
+
     def __len__(self) -> int:
         return len(self._complete())
 

@@ -12,6 +12,8 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from expstate.diff import show
 from expstate.state import paths
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
     from expstate.diff.report import EntryDiff
     from expstate.diff.stats import Statistics
+
+_MODULE = re.compile("[./][^./]*$")
+"""What stands behind the name of a module."""
 
 _FEW_LINES = 16
 _MOST_LINES = 56
@@ -78,6 +83,28 @@ _SIGNS = {"added": "M4 7.5h7M7.5 4v7", "odd": "M4.5 4.5l6 6M10.5 4.5l-6 6"}
 """What is told by more than its colour."""
 
 
+class Line(msgspec.Struct, frozen=True):
+    """A line of the heat-map.
+
+    Attributes
+    ----------
+    prefix : str
+        What the names of its tensors begin with.
+    name, summary : str
+        What stands before and behind its cells.
+    cells : tuple of (str, str)
+        Level and title of each.
+    heads : tuple of str
+        What is left of the names of the tensors in each cell, if those of one module are in one.
+    """
+
+    prefix: str
+    name: str
+    summary: str
+    cells: tuple[tuple[str, str], ...]
+    heads: tuple[str, ...] = ()
+
+
 class _Layer:
     """A prefix of names: the tensors directly below it, all below it, and longer prefixes."""
 
@@ -118,10 +145,9 @@ def as_svg(rows: Sequence[EntryDiff], *, has_statistics: bool) -> str:
     has_statistics : bool
         Whether changed tensors were read: then colours say how far they changed, else only whether.
     """
-    tensors = [row for row in rows if row.is_tensor and row.renamed_to is None]
-    if not tensors:
+    layers = _layers(_shown(rows))
+    if not layers:
         return ""
-    layers = _layers(tensors)
     cells = [list(_cells(layer.rows)) for layer in layers]
     names, sums = [_name(layer) for layer in layers], [_sum(layer.rows) for layer in layers]
     left = math.ceil(max(map(_width, names))) + 8
@@ -143,7 +169,33 @@ def as_svg(rows: Sequence[EntryDiff], *, has_statistics: bool) -> str:
     return "".join([*parts, *_drawn(cells, left), legend, "</svg>"])
 
 
+def lines(rows: Sequence[EntryDiff]) -> list[Line]:
+    """The heat-map as plain data, for who draws it otherwise: levels and titles are those of ``as_svg``, but a module has one cell."""
+    return [_line(layer) for layer in _layers(_shown(rows))]
+
+
+def _line(layer: _Layer) -> Line:
+    modules: dict[str, list[EntryDiff]] = {}
+    for row in layer.rows:
+        ending = row.entry[len(layer.prefix) :].lstrip("./")
+        modules.setdefault(_MODULE.sub("", ending) or ending, []).append(row)
+    if len(modules) > _MOST_CELLS:
+        return Line(layer.prefix, _name(layer), _sum(layer.rows), tuple(_cells(layer.rows)))
+    cells = tuple((_level(group), _title(group)) for group in modules.values())
+    return Line(layer.prefix, _name(layer), _sum(layer.rows), cells, tuple(modules))
+
+
+def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """The levels that are in some lines, and what they mean."""
+    found = {level for line in lines for level, _ in line.cells}
+    return [(level, _NAMES[level]) for level in _ORDER if level in found]
+
+
 # Layers
+
+
+def _shown(rows: Sequence[EntryDiff]) -> list[EntryDiff]:
+    return [row for row in rows if row.is_tensor and row.renamed_to is None]
 
 
 def _layers(rows: Sequence[EntryDiff]) -> list[_Layer]:
@@ -152,6 +204,8 @@ def _layers(rows: Sequence[EntryDiff]) -> list[_Layer]:
     A level is all layers of one key at the same depth, so that what is alike is shown alike. Beyond a few lines it is opened only if some
     layer has too many tensors for one line and those below have some; of too many layers neighbours are joined.
     """
+    if not rows:
+        return []
     shown = [_tree(rows)]
     while True:
         levels: dict[tuple[str, int], list[_Layer]] = {}

@@ -194,6 +194,16 @@ def _restore(session: Session, arguments: argparse.Namespace) -> results.Restore
     )
 
 
+# browse, help
+
+
+def _browse(session: Session, arguments: argparse.Namespace) -> Any:
+    from expstate.notebook.browser import browse  # noqa: PLC0415 - ipywidgets takes 0.3 s to import, and is optional
+
+    del session
+    return browse(" ".join(arguments.query) or None)
+
+
 def _nothing(result: Any, view: View, arguments: argparse.Namespace) -> None:
     """Results of the notebook show themselves."""
     del arguments
@@ -324,6 +334,7 @@ OWN: tuple[Verb, ...] = (
             "Steps are those of that optimizer. One thing is watched at a time."
         ),
     ),
+    _verb("browse", _browse, "Open the browser of snapshots.", "browse tag = ablation", _QUERY),
     _verb("wait", _wait, "Wait until all takes are committed.", "wait"),
 )
 """Those that need a notebook."""
