@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,10 @@ class NotebookPage:
         self._execute("docmanager:save", wait=True)
         return nbformat.read(self.path, as_version=4)
 
+    def shut_down(self) -> None:
+        """End the kernel, and with it all that widgets hold."""
+        self.page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown(); }")
+
     def _execute(self, command: str, *, wait: bool) -> None:
         self.page.evaluate(_COMMAND, [command, wait])
         if wait:
@@ -187,11 +192,10 @@ class NotebookPage:
 
     def until(self, condition: Callable[[], object], *, seconds: float = 20) -> None:
         """Let the page go on until ``condition`` holds."""
-        for _ in range(int(seconds / 0.05)):
-            if condition():
-                return
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"the condition did not come to hold within {seconds} s"
             self.page.wait_for_timeout(50)
-        raise AssertionError(f"the condition did not come to hold within {seconds} s")  # noqa: EM102, TRY003 - as an assert would say it
 
     def screenshot(self, name: str, part: Locator | None = None) -> Path:
         """A picture of the page, or of a part of it; where it goes is said by ``BROWSER_SCREENSHOTS``."""

@@ -19,7 +19,7 @@ model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Li
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 def total():
-    return round(float(sum(p.double().sum() for p in model.parameters())), 6)
+    return round(float(sum(p.detach().double().sum() for p in model.parameters())), 6)
 
 def train():
     optimizer.zero_grad()
@@ -64,7 +64,11 @@ def open_tensor(page: NotebookPage) -> None:
         page.page.wait_for_timeout(250)
         return False
 
-    page.until(is_shown)
+    try:
+        page.until(is_shown)
+    except AssertionError:
+        page.screenshot("failed-tensor")
+        raise
 
 
 @pytest.fixture
@@ -185,6 +189,7 @@ def test_saved_notebook_shows_the_table(browsing: Callable[..., NotebookPage], o
 
     assert "expstate-browser-static" in saved.cells[-1].outputs[0].data["text/html"]
 
+    page.shut_down()
     again = open_notebook(page.path)
     again.page.locator(".expstate-browser-static table tbody tr").first.wait_for()
     assert 6 == again.page.locator(".expstate-browser-static table tbody tr").count()

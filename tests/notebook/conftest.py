@@ -6,12 +6,24 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from expstate.storage import memory
+
 from .kernels import Kernel, environment
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """What a test has kept for an undo in this process goes with it."""
+    yield
+    gc.collect()
+    for name in tuple(memory._folders):
+        memory.forget(name)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
     pytest.skip("needs chromium", allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # `make browser`
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 expect = playwright.expect
 
@@ -268,7 +269,7 @@ def test_colours_follow_the_ground_and_are_readable(show: Callable[..., Opened],
     expect(opened.part("note")).to_be_visible()
     contrasts = opened.page.evaluate(
         """() => {
-        const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+        const rgb = (text) => text.match(/[\\d.]+/g).map((v, i) => Number(v) * (text.startsWith('color(') && i < 3 ? 255 : 1));
         const light = ([r, g, b]) => { const f = (v) => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
           return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
         const ground = (one) => { for (; one; one = one.parentElement) { const c = rgb(getComputedStyle(one).backgroundColor);
@@ -334,3 +335,13 @@ def test_an_unmounted_view_leaves_nothing(show: Callable[..., Opened], experimen
     opened.page.evaluate("window.stop_()")
     experiment._kernel.changed()
     assert 0 == opened.page.locator(".exps").count()
+
+
+def test_a_page_without_a_kernel_says_so(chromium: Any, experiment: Browser):
+    experiment._receive = lambda *_: None  # nobody is there
+    served = Served(experiment)
+    page = chromium.new_page()
+    page.goto(served.url)
+    expect(page.locator(".empty").first).to_contain_text("does not answer", timeout=10_000)
+    page.close()
+    served.close()

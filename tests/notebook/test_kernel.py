@@ -34,7 +34,7 @@ from .shells import Shell
 
 
 @pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> Iterator[None]:
     """A folder, catalog and project of the test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EXPSTATE_CATALOG", str(tmp_path / "catalog.db"))

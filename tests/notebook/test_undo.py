@@ -33,6 +33,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's cache folder for what is kept; nothing may be left in memory at the end."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     ancestry.forget()
+    for name in tuple(memory._folders):  # of tests of other modules
+        memory.forget(name)
     yield tmp_path / "cache" / "expstate" / "undo"
     gc.collect()
     ancestry.forget()

@@ -1,10 +1,10 @@
 """The browser: a widget that shows the catalog's snapshots, what is in them and how they differ, and puts them back.
 
-``widget`` is the face: it gets messages of the page (``static/browser.js``), which ``asks`` hands to the module of the topic,
-and sends back plain JSON. ``data`` answers what the table asks; ``overview``, ``entries``, ``card`` and ``difference`` the right side;
-``putting`` is what the restore panel does, ``edits`` what people add and take away. ``jobs`` runs what takes long, ``changes`` notices what
-others do, ``page`` is the table of a saved notebook. Texts leave here as the page may show them: on one line, without invisible characters;
-the page sets them as text and never as markup.
+``widget`` is the face: it gets messages of the page (``static/browser.js``), which ``asks`` hands to the module that has the topic.
+``data`` answers what the table asks; ``overview``, ``entries``, ``card`` and ``difference`` what the right side shows. ``putting`` is what
+the restore panel does, ``edits`` what people add and take away. ``jobs`` runs what takes long, ``changes`` notices what others do, and
+``page`` is the table of a saved notebook. Texts leave here as the page may show them: on one line, without invisible characters; the page
+sets them as text and never as markup.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ const ROW = 30;          // height of a row of the table, in pixels
 const PAGE = 100;        // rows that are asked for at once
 const TYPING_MS = 25;    // after the last key, before the query goes to the kernel
 const MOST_SELECTED = 500;
+const SILENT_MS = 4000;  // a kernel that has not answered by then is said to be silent
 
 // ---------------------------------------------------------------------------------------------------------------- small parts
 
@@ -139,9 +140,9 @@ function connect(model, heard) {
 // ---------------------------------------------------------------------------------------------------------------- light or dark
 
 function isDark(color) {
-  const found = /rgba?\(([\d.]+)[, ]+([\d.]+)[, ]+([\d.]+)(?:[,/ ]+([\d.]+))?/.exec(color);
-  if (!found || Number(found[4] ?? 1) < 0.5) return null;
-  return 0.299 * found[1] + 0.587 * found[2] + 0.114 * found[3] < 128;
+  const found = /^(rgba?|color)\((?:srgb )?([\d.]+)[, ]+([\d.]+)[, ]+([\d.]+)(?:[,/ ]+([\d.]+))?/.exec(color);
+  if (!found || Number(found[5] ?? 1) < 0.5) return null;
+  return 0.299 * found[2] + 0.587 * found[3] + 0.114 * found[4] < (found[1] === "color" ? 0.5 : 128);
 }
 
 /** Whether the ground that an element stands on is dark: the theme's if it names one, else what is behind it. */
@@ -206,7 +207,11 @@ function open(model, root) {
   );
   view.refresh = later(120, () => search(view));
   search(view);
-  view.ask("hello").then((state) => told(view, state));
+  const silent = setTimeout(() => parts.table.say("The kernel does not answer: it runs a cell, or was restarted. Then run this cell again."), SILENT_MS);
+  view.ask("hello").then((state) => {
+    clearTimeout(silent);
+    told(view, state);
+  });
   return view;
 }
 
@@ -606,6 +611,10 @@ function table(view) {
   resized.observe(scroller);
   return {
     element: scroller, draw, reveal, go,
+    say(text) {
+      empty.hidden = false;
+      empty.textContent = text;
+    },
     reset() {
       for (const { element } of drawnRows.values()) element.remove();
       drawnRows.clear();
@@ -1515,6 +1524,8 @@ function render({ model, el }) {
   // Keys are the browser's own: a notebook must not take them for its shortcuts.
   const root = make("div", { className: "exps", testid: "expstate-browser", "data-lm-suppress-shortcuts": "true" });
   root.addEventListener("keydown", (event) => event.stopPropagation());
+  // Some shortcuts are bound to whatever has the focus, so that has to say it too.
+  root.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
   el.append(root);
   const stop = followGround(root);
   const view = open(model, root);
