@@ -1018,8 +1018,12 @@ function tree(view, own, id, { onOpen, onTick, ticks, isHere }) {
     paint();
     onTick();
   };
-  const fold = async (node, wanted = !node.isOpen) => {
-    if (!node.opens || wanted === node.isOpen) return;
+  const fold = (node, wanted = !node.isOpen) => {
+    if (!node.opens || wanted === node.isOpen) return node.loading;
+    node.loading = folded(node, wanted).finally(() => { node.loading = null; });
+    return node.loading;
+  };
+  const folded = async (node, wanted) => {
     node.isOpen = wanted;
     node.mark.textContent = wanted ? "▾" : "▸";
     node.element.setAttribute("aria-expanded", String(wanted));
@@ -1085,6 +1089,12 @@ function tree(view, own, id, { onOpen, onTick, ticks, isHere }) {
     return node;
   };
   const keys = (event, node) => {
+    if (node.loading && event.key.startsWith("Arrow")) {  // where it goes depends on what comes
+      const { key } = event;
+      event.preventDefault();
+      node.loading.then(() => keys({ key, preventDefault() {} }, node));
+      return;
+    }
     const rows = visible();
     const at = rows.indexOf(node.element);
     if (event.key === "ArrowDown") focusOn(rows[at + 1]);
