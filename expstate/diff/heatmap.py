@@ -43,7 +43,7 @@ _LETTER, _WIDE_LETTER = 6.2, 12
 _FIRST_WIDE = 0x2E80
 
 _TEXT = "fill:var(--jp-ui-font-color1,currentColor)"
-_FAINT = "fill:var(--jp-ui-font-color2,currentColor);fill-opacity:.75"
+_FAINT = "fill:var(--jp-ui-font-color2,currentColor)"
 _HOT = "fill:var(--jp-warn-color1,#f57c00);fill-opacity:"
 _STEPS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _OPACITIES = (".2", ".34", ".5", ".66", ".82", "1")

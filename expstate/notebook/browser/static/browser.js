@@ -1020,10 +1020,10 @@ function tree(view, own, id, { onOpen, onTick, ticks, isHere }) {
   };
   const fold = (node, wanted = !node.isOpen) => {
     if (!node.opens || wanted === node.isOpen) return node.loading;
-    node.loading = folded(node, wanted).finally(() => { node.loading = null; });
+    node.loading = turned(node, wanted).finally(() => { node.loading = null; });
     return node.loading;
   };
-  const folded = async (node, wanted) => {
+  const turned = async (node, wanted) => {
     node.isOpen = wanted;
     node.mark.textContent = wanted ? "▾" : "▸";
     node.element.setAttribute("aria-expanded", String(wanted));
