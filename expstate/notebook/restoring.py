@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expstate.engine.report import counted
-from expstate.errors import AppStateError, EntryNotFoundError, NameNotFoundError, UndoError
+from expstate.errors import AppStateError, EntryNotFoundError, NameNotFoundError, RestoreInterruptedError, UndoError
 from expstate.notebook import names
 from expstate.notebook.results import Restored
 from expstate.notebook.undo import keep
@@ -39,14 +39,6 @@ class _Change:
     created: tuple[str, ...]
     after: Snapshot
     paths: tuple[str, ...]
-    after_in: Kept | None = None
-    """What ``after`` is, if it is a copy that was kept too."""
-
-    def drop(self) -> None:
-        """Let go of what is kept."""
-        self.kept.drop()
-        if self.after_in is not None:
-            self.after_in.drop()
 
 
 class Restorer:
@@ -105,6 +97,8 @@ class Restorer:
             If an object that has a state of its own is not there: it has to be created first.
         NoUndoRoomError
             If there is no room for what is overwritten; nothing was changed.
+        RestoreInterruptedError
+            If it failed or was interrupted on the way. With ``undo`` everything is as it was before.
         RestoreMismatchError
             If snapshot and live state do not fit; nothing was changed.
         """
@@ -126,12 +120,8 @@ class Restorer:
             if dry_run:
                 return self._restored(snapshot, plan, app_state, created, None)
             kept = keep(there, plan.restored) if undo else None
-            try:
+            with self._as_it_was(kept):
                 report = snapshot.restore(app_state, **options, atomic=atomic, progress=progress)
-            except BaseException:
-                if kept is not None:
-                    kept.drop()
-                raise
             bound = self._bind(app_state)
             self._remember(None if kept is None else _Change(kept, tuple(app_state), created, snapshot, report.restored))
         self._kernel.changed()
@@ -171,6 +161,25 @@ class Restorer:
         found: Stateful = names.stateful_of(value)
         return found
 
+    @contextlib.contextmanager
+    def _as_it_was(self, kept: Kept | None) -> Iterator[None]:
+        """Put back what was kept if the block is interrupted after it has begun to change it; let go of the copy if the block fails."""
+        try:
+            yield
+        except BaseException as error:
+            if kept is not None:
+                if isinstance(error, RestoreInterruptedError):
+                    self._put_back(kept)
+                kept.drop()
+            raise
+
+    def _put_back(self, kept: Kept) -> None:
+        state: dict[str, Stateful] = {
+            name: names.generators() if name == names.RNG_KEY else names.stateful_of(self._kernel.look_up(name)) for name in kept.keys
+        }
+        kept.put_back(state, progress=False)
+        self._bind(state)
+
     def _bind(self, app_state: Mapping[str, Stateful]) -> dict[str, Any]:
         """Bind names to values that could not be refilled; gives what these names stood for."""
         before: dict[str, Any] = {}
@@ -202,7 +211,7 @@ class Restorer:
     def _remember(self, change: _Change | None) -> None:
         for old in (self._undo, self._redo):
             if old is not None:
-                old.drop()
+                old.kept.drop()
         self._undo, self._redo = change, None
 
     @property
@@ -260,17 +269,13 @@ class Restorer:
             present = {name: stateful for name, stateful in app_state.items() if name not in missing}
             counter = keep(present, None if change.created else change.paths)
             mine = {name: stateful for name, stateful in app_state.items() if name in change.kept.keys}
-            try:
+            with self._as_it_was(counter):
                 report = change.kept.put_back(mine, progress)
-            except BaseException:
-                counter.drop()
-                raise
             bound = self._bind(mine)
             for name in change.created:
                 names.bind(self._kernel.namespace, name, names.MISSING)
-        if change.after_in is not None:
-            change.after_in.drop()
-        reverse = _Change(counter, change.names, missing, change.kept.snapshot, report.restored, change.kept)
+        reverse = _Change(counter, change.names, missing, change.kept.snapshot, report.restored)
+        change.kept.drop()  # what it says of itself is enough to compare with
         title = f"before the {'restore' if what == 'undo' else 'undo'}"
         changed = tuple(name for name in bound if name not in missing)
         back = "redo" if what == "undo" else "undo"
@@ -306,10 +311,7 @@ class Restorer:
                 for name, value in before.items():
                     if names.look_up(self._kernel.namespace, name) is not value and name not in self._kernel.registry.unnamed:
                         names.bind(self._kernel.namespace, name, value)
-                state: dict[str, Stateful] = {name: names.stateful_of(value) for name, value in before.items()}
-                state[names.RNG_KEY] = names.generators()
-                kept.put_back(state, progress=False)
-                self._bind(state)
+                self._put_back(kept)
             self._kernel.changed()
             raise
         finally:

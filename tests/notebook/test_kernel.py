@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from expstate import Catalog, PendingSnapshot, Snapshot, StateDict, settings
+from expstate import Catalog, PendingSnapshot, ProgressUpdate, Snapshot, StateDict, settings
 from expstate.engine import ancestry
 from expstate.engine.take import Take
 from expstate.errors import (
@@ -23,6 +23,7 @@ from expstate.errors import (
     NameNotFoundError,
     NoUndoRoomError,
     RefNotFoundError,
+    RestoreInterruptedError,
     RestoreMismatchError,
     StorageError,
     StoragePermissionError,
@@ -438,6 +439,60 @@ def test_without_room_for_an_undo_nothing_changes(monkeypatch: pytest.MonkeyPatc
     kernel.restore(snapshot, undo=False)
     assert before != bits(kernel)
     assert not kernel.can_undo
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StorageError])
+def test_a_restore_that_is_interrupted_leaves_everything_as_it_was(error: type[BaseException]) -> None:
+    kernel = make(big=torch.zeros(3_000_000))
+    snapshot = taken(kernel, "model", "optimizer", "losses", "lr", "big")
+    train(kernel)
+    kernel.namespace["big"].fill_(1)
+    before, rng = bits(kernel), torch.get_rng_state()
+    moved: list[int] = []
+
+    def stop(update: ProgressUpdate) -> None:
+        moved.append(update.done_bytes)
+        if update.done_bytes >= update.total_bytes:
+            raise error
+
+    with pytest.raises(RestoreInterruptedError):
+        kernel.restore(snapshot, progress=stop)
+
+    assert moved
+    assert before == bits(kernel)
+    assert kernel.namespace["big"].min() == kernel.namespace["big"].max() == 1
+    assert torch.equal(rng, torch.get_rng_state())
+    assert not kernel.can_undo
+
+
+def test_an_interrupted_restore_without_an_undo_has_changed_something() -> None:
+    """What the copy is good for."""
+    kernel = make()
+    snapshot = taken(kernel)
+    train(kernel)
+    before = bits(kernel)
+
+    def stop(_: ProgressUpdate) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(RestoreInterruptedError):
+        kernel.restore(snapshot, progress=stop, undo=False)
+
+    assert before != bits(kernel)
+
+
+def test_undo_and_redo_hold_one_copy_each_time() -> None:
+    from expstate.storage import memory
+
+    kernel = make()
+    snapshot = taken(kernel)
+    train(kernel)
+    kernel.restore(snapshot)
+    kernel.undo()
+    kernel.redo()
+    kernel.undo()
+
+    assert 1 == len(memory._folders)
 
 
 # Guarded
