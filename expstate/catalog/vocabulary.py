@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from expstate.catalog import running, schema
 from expstate.catalog.provenance import current_project
+from expstate.catalog.query.fields import FIELDS
 
 if TYPE_CHECKING:
     from expstate.catalog.catalog import Catalog
@@ -23,7 +24,7 @@ def vocabulary(catalog: Catalog) -> dict[str, tuple[str, ...]]:
     -------
     dict of str to tuple of str
         By what they are: ``id`` (shortened) and ``name`` of the newest snapshots, the newest first; ``alias``, ``tag``, ``metric`` and
-        ``param`` in order.
+        ``param`` in order; ``field``, what every record has.
 
     Raises
     ------
@@ -56,4 +57,5 @@ def vocabulary(catalog: Catalog) -> dict[str, tuple[str, ...]]:
             "tag": words(tagged.distinct().order_by(tags.tag).limit(_MOST)),
             "metric": named("metric"),
             "param": named("param"),
+            "field": tuple(dict.fromkeys(field.name for field in FIELDS.values())),
         }

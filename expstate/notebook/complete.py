@@ -32,8 +32,7 @@ _PLAIN = re.compile(r"[^\s\"'\\@:=]+")
 
 _HELP = ("-h", "--help")
 _SIGNS = ("latest", "latest~1")
-_FIELDS = ("name", "step", "tag", "alias", "pinned", "note", "created", "age", "size", "key", "git.commit", "git.branch", "status")
-_WORDS: Mapping[str, Sequence[str]] = {"every": ("cell", "10m", "50steps"), "sort": _FIELDS, "query": (*_FIELDS, "and", "or", "not")}
+_WORDS: Mapping[str, Sequence[str]] = {"every": ("cell", "10m", "50steps"), "query": ("and", "or", "not")}
 """What is always the same, by the argument that it may be."""
 _KINDS: Mapping[str, Sequence[str]] = {
     "tag": ("tag",),
@@ -42,8 +41,8 @@ _KINDS: Mapping[str, Sequence[str]] = {
     "metric": ("metric",),
     "param": ("param",),
     "keep_best": ("metric",),
-    "sort": ("metric", "param"),
-    "query": ("metric", "param"),
+    "sort": ("field", "metric", "param"),
+    "query": ("field", "metric", "param"),
 }
 """What the catalog knows of it."""
 _REFS = {"ref", "refs"}

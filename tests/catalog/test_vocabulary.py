@@ -9,7 +9,31 @@ from expstate.catalog.vocabulary import vocabulary
 
 from .made import enter
 
-EMPTY = {"id": (), "name": (), "alias": (), "tag": (), "metric": (), "param": ()}
+FIELDS = (
+    "id",
+    "name",
+    "project",
+    "user",
+    "host",
+    "url",
+    "step",
+    "created",
+    "age",
+    "duration",
+    "size",
+    "written",
+    "world_size",
+    "tag",
+    "alias",
+    "pinned",
+    "note",
+    "parent",
+    "digest",
+    "status",
+    "commit",
+    "branch",
+)
+EMPTY = {"id": (), "name": (), "alias": (), "tag": (), "metric": (), "param": (), "field": FIELDS}
 
 
 def test_words_are_those_of_the_project(any_catalog: Catalog, take: Callable[..., Snapshot]) -> None:
@@ -25,6 +49,7 @@ def test_words_are_those_of_the_project(any_catalog: Catalog, take: Callable[...
         "tag": ("a", "b"),
         "metric": ("accuracy", "loss"),
         "param": ("width",),
+        "field": FIELDS,
     }
     assert expected == vocabulary(any_catalog)
 
@@ -39,3 +64,9 @@ def test_of_many_snapshots_the_newest_are_offered(catalog: Catalog) -> None:
     found = vocabulary(catalog)["id"]
 
     assert (200, f"{249:08x}", f"{50:08x}") == (len(found), found[0], found[-1])
+
+
+def test_every_field_that_is_offered_can_be_asked_for(catalog: Catalog) -> None:
+    """An error would say that there is no such field."""
+    for field in vocabulary(catalog)["field"]:
+        assert 0 == len(catalog.search(f"{field} = none"))

@@ -133,7 +133,7 @@ def test_refs_are_offered_where_they_may_stand(kernel: Kernel) -> None:
 
     for line in ("%snapshot restore ", "%snapshot show ", "%snapshot restore -n --include x ", "%snapshot delete latest "):
         assert expected == offered(kernel, line)
-    assert ["best"] == offered(kernel, "%snapshot pin be")
+    assert ["best"] == offered(kernel, "%snapshot pin bes")
     assert ["live", *expected, "model"] == offered(kernel, "%snapshot diff --stats best ")[:8]
     assert [newest] == offered(kernel, f"%snapshot restore {newest[:5]}")
 
@@ -162,7 +162,7 @@ def test_tags_metrics_and_params_are_offered(kernel: Kernel) -> None:
     assert ["loss"] == offered(kernel, "%snapshot metric best lo")
     assert ["best"] == offered(kernel, "%snapshot unalias ")
     assert ["accuracy", "age", "alias"] == sorted(offered(kernel, "%snapshot list --sort a"))
-    assert ["width"] == offered(kernel, "%snapshot list loss < 0.2 and w")
+    assert ["width", "world_size", "written"] == sorted(offered(kernel, "%snapshot list loss < 0.2 and w"))
 
 
 def test_words_of_other_projects_are_not_offered(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_words_of_other_projects_are_not_offered(kernel: Kernel, monkeypatch: py
 
     assert ["latest", "latest~1"] == offered(kernel, "%snapshot restore ")
     assert [] == offered(kernel, "%snapshot take --metric ")
-    assert {"id", "name", "alias", "tag", "metric", "param"} == set(vocabulary(kernel.catalog))
+    assert {"id", "name", "alias", "tag", "metric", "param", "field"} == set(vocabulary(kernel.catalog))
 
 
 def test_a_take_that_goes_on_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +211,9 @@ def test_a_slow_catalog_is_not_waited_for_and_its_words_come_when_they_are_there
     (thread,) = asked
     may_answer.set()
     thread.join()
-    found = completer.complete("%snapshot restore b")
+    found = completer.complete("%snapshot restore bes")
 
-    assert ("b", ["best"]) == found
+    assert ("bes", ["best"]) == found
 
 
 def test_a_broken_catalog_offers_what_is_known_without_it(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_tab_in_a_notebook_offers_just_that(kernel_with_snapshot: RealKernel) ->
 
     assert ["take", "tag"] == tab("%snapshot ta")
     assert ["latest", "latest~1", "best", "first"] == tab("%snapshot restore ")[:4]
-    assert ["best"] == tab("x = %snapshot restore be")
+    assert ["best"] == tab("x = %snapshot restore bes")
     assert ["model", "rng_state"] == tab("%snapshot restore best ")
     assert ["best/model/weight"] == tab("%snapshot show best/model/w")
     assert ["--metric"] == tab("%snapshot take model --me")
