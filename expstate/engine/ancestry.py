@@ -71,8 +71,8 @@ def unnoted() -> Iterator[None]:
     """What is taken or restored inside this ``with`` block is nobody's parent.
 
     >>> with unnoted():
-    ...     note(["scheduler"], "0" * 31 + "3")
-    >>> parent_of(["scheduler"]) is None
+    ...     note(["a key of nobody else"], "0" * 31 + "3")
+    >>> parent_of(["a key of nobody else"]) is None
     True
     """
     token = _is_private.set(True)
