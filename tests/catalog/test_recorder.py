@@ -53,12 +53,12 @@ class Failing:
         self.fails = True
         self.tried = 0
 
-    def write(self, database: Database, *args: Any) -> Any:
+    def write(self, database: Database, *args: Any, **options: Any) -> Any:
         self.tried += 1
         if self.fails:
             msg = "the catalog is out to lunch"
             raise CatalogUnavailableError(msg)
-        return _really_write(database, *args)
+        return _really_write(database, *args, **options)
 
 
 _really_write = Database.write
@@ -68,7 +68,7 @@ _really_write = Database.write
 def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
     """Catalogs fail, at once; so no test waits, nor depends on how long something takes."""
     failing = Failing()
-    monkeypatch.setattr(Database, "write", lambda *args: failing.write(*args))  # noqa: PLW0108 - a method is bound
+    monkeypatch.setattr(Database, "write", lambda *args, **options: failing.write(*args, **options))  # noqa: PLW0108 - a method is bound
     return failing
 
 
