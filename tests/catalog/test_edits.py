@@ -37,7 +37,7 @@ from expstate.format import annotations as added
 from expstate.format import names
 from expstate.format.annotations import Annotations, Mark
 from expstate.storage.local import LocalStorage
-from tests.engine.processes import end_of, start_child
+from tests.engine.processes import end_of, start_child, unmount
 
 from .made import data, enter
 
@@ -449,7 +449,7 @@ def test_a_read_only_folder_is_left_alone(catalog: Catalog, take: Take, tmp_path
             assert catalog.pin("latest").pinned
         assert annotations(taken) is None
     finally:
-        subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+        unmount(disk)
 
 
 def test_damaged_annotations_are_not_edited(catalog: Catalog, take: Take) -> None:

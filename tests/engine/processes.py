@@ -171,6 +171,14 @@ def watched(changes: Changes) -> Iterator[Changes]:
             setattr(os, name, function)
 
 
+def unmount(folder: Path) -> None:
+    """Unmount a file system; a process that was started a moment ago, such as git, may still be letting go of files that it inherited."""
+    until = time.monotonic() + 30
+    while (done := subprocess.run(["umount", str(folder)], capture_output=True, text=True, check=False)).returncode:  # noqa: S607
+        assert time.monotonic() < until, done.stderr
+        time.sleep(0.1)
+
+
 def killed_at(number: int, function: Callable[[], Any], *, torn: bool = False) -> Ended:
     """Run ``function`` in a child that is killed before its change of this number; with ``torn`` in the middle of it if it is a write."""
 

@@ -41,7 +41,7 @@ from .crashes import (
     prepare,
     state,
 )
-from .processes import Changes, changes_of, in_child, watched
+from .processes import Changes, changes_of, in_child, unmount, watched
 
 ACTIONS = ["take", "async", "overwrite", "copy"]
 
@@ -106,7 +106,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield mount
     for _ in range(mounts):
-        subprocess.run(["umount", str(folder)], check=True)  # noqa: S607
+        unmount(folder)
 
 
 @pytest.mark.root

@@ -16,7 +16,7 @@ import pytest
 from expstate import Snapshot, settings
 
 from .crashes import AFTER, BEFORE, EARLIER, PLACE, act, check, found_at, prepare
-from .processes import Changes, changes_of, in_child, watched
+from .processes import Changes, changes_of, in_child, unmount, watched
 from .test_crash import without_fsync
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -51,7 +51,7 @@ class Disk:
         os.close(fd)
 
     def unmount(self) -> None:
-        self._run("umount", str(self.folder))
+        unmount(self.folder)
 
     def restart(self) -> None:
         """Switch it on again."""
