@@ -187,9 +187,9 @@ def _step(task: Task) -> Callable[[Task], Outcome]:
         return _limit
     if task.operation in _STEPS:
         return _STEPS[task.operation]
-    from expstate.bench import catalog  # needs the catalog's packages, which not every machine has
+    from expstate.bench import catalog, notebook  # need the catalog's packages, which not every machine has
 
-    return catalog.STEPS[task.operation]
+    return (catalog.STEPS | notebook.STEPS)[task.operation]
 
 
 def perform(task: Task) -> Outcome:

@@ -187,6 +187,19 @@ def _read_cached(job: Job, meter: Meter, digest: Callable[[memoryview], object])
             os.close(fd)
 
 
+def digest(job: Job, meter: Meter) -> None:
+    """BLAKE3 of warm host memory."""
+    source = _Memory(job.total_bytes)
+    pieces = _pieces(0, job.total_bytes)
+
+    def work(_number: int) -> None:
+        for offset, length in _take_from(pieces):
+            blake3(source.view[offset : offset + length]).digest()
+
+    with meter:
+        _in_threads(job.workers, work)
+
+
 def copy(job: Job, meter: Meter) -> None:
     """``copy_`` from host memory into warm host memory."""
     source = torch.empty(job.total_bytes, dtype=torch.uint8).fill_(1)
@@ -237,5 +250,5 @@ def copy_device(job: Job, meter: Meter) -> None:
 
 COMPONENTS: dict[str, Callable[[Job, Meter], None]] = {
     component.__name__: component
-    for component in (write, read, read_one, read_cached, read_cached_verified, copy, to_host, to_device, copy_device)
+    for component in (write, read, read_one, read_cached, read_cached_verified, digest, copy, to_host, to_device, copy_device)
 }

@@ -19,6 +19,9 @@ BUDGET_BYTES = 256 * MIB
 FILLED_PROJECT = "example.org/bench"
 """The project of the records that are searched."""
 
+DISK, CATALOG, NOTEBOOK = "disk", "catalog", "notebook"
+"""The benchmarks: of a disk, of the catalog and of notebooks."""
+
 LIMIT = "limit"
 SYSTEMS = (LIMIT, "expstate", "torch", "safetensors", "dcp", "torchsnapshot")
 MODULES = {"torch": "torch", "safetensors": "safetensors", "dcp": "torch", "torchsnapshot": "torchsnapshot", "expstate": "expstate"}
@@ -42,8 +45,8 @@ class Operation:
         The same where the state is on an accelerator.
     needs_kept : bool
         Whether a snapshot taken beforehand is read.
-    of_catalog : bool
-        Whether it belongs to the benchmark of the catalog, and not to that of a disk.
+    benchmark : str
+        Which it belongs to: that of a disk, of the catalog or of notebooks.
     device_only : bool
         Whether it exists only with ``--device``.
     null_on_device : bool
@@ -55,7 +58,7 @@ class Operation:
     limits: tuple[str, ...] = ()
     device_limits: tuple[str, ...] = ()
     needs_kept: bool = False
-    of_catalog: bool = False
+    benchmark: str = DISK
     device_only: bool = False
     null_on_device: bool = False
 
@@ -88,14 +91,25 @@ OPERATIONS = {
         Operation("small_tensors", "take and cold restore of many tensors of 1 KiB"),
         Operation("staging", "take to the null storage", (), ("to_host",), device_only=True, null_on_device=True),
         Operation("copy_device", "copy of the state on the device", (), ("copy_device",), device_only=True),
-        Operation("record", "what recording adds to a take of 1 MiB: catalog and provenance", of_catalog=True),
-        Operation("search", "the slowest of four common queries, first 50 records", of_catalog=True, needs_kept=True),
-        Operation("search_any", "the slowest of all kinds of queries, first 50 records", of_catalog=True, needs_kept=True),
-        Operation("to_pandas", "a data frame of a tenth of the records", of_catalog=True, needs_kept=True),
-        Operation("diff", "two snapshots of many tensors, manifests cached", of_catalog=True, needs_kept=True),
-        Operation("diff_cold", "the same, manifests read from the disk", of_catalog=True, needs_kept=True),
-        Operation("diff_stats", "statistics of two snapshots of which all has changed, cold", ("read",), of_catalog=True, needs_kept=True),
-        Operation("scan", "a new catalog of many snapshots", of_catalog=True, needs_kept=True),
+        Operation("record", "what recording adds to a take of 1 MiB: catalog and provenance", benchmark=CATALOG),
+        Operation("search", "the slowest of four common queries, first 50 records", benchmark=CATALOG, needs_kept=True),
+        Operation("search_any", "the slowest of all kinds of queries, first 50 records", benchmark=CATALOG, needs_kept=True),
+        Operation("to_pandas", "a data frame of a tenth of the records", benchmark=CATALOG, needs_kept=True),
+        Operation("diff", "two snapshots of many tensors, manifests cached", benchmark=CATALOG, needs_kept=True),
+        Operation("diff_cold", "the same, manifests read from the disk", benchmark=CATALOG, needs_kept=True),
+        Operation(
+            "diff_stats", "statistics of two snapshots of which all has changed, cold", ("read",), benchmark=CATALOG, needs_kept=True
+        ),
+        Operation("scan", "a new catalog of many snapshots", benchmark=CATALOG, needs_kept=True),
+        Operation("load_ext", "%load_ext expstate, after import torch", benchmark=NOTEBOOK, needs_kept=True),
+        Operation("take_cell", "until the cell of %snapshot take ends, second take of the kernel", ("copy",), benchmark=NOTEBOOK),
+        Operation("status", "%snapshot status of a model of which nothing has changed", ("digest",), benchmark=NOTEBOOK),
+        Operation(
+            "browse",
+            "from %snapshot browse to rows of a tenth of the records, without the page; widgets not imported before",
+            benchmark=NOTEBOOK,
+            needs_kept=True,
+        ),
     )
 }
 
@@ -129,7 +143,8 @@ class Workload(msgspec.Struct, frozen=True):
     total_bytes, tensors : int
         Of the state that is moved; for the catalog, of the two snapshots that are compared by their statistics.
     small_tensors : int
-        Tensors of ``small_tensors``; for the catalog, of each of the two snapshots that are compared by their digests.
+        Tensors of ``small_tensors``; for the catalog, of each of the two snapshots that are compared by their digests; for notebooks, of
+        the snapshot whose tree is opened.
     device : str
         Where the state is.
     records, snapshots : int
@@ -183,17 +198,17 @@ class Outcome(msgspec.Struct):
     error: str = ""
 
 
-def operation_names(*, device: bool, catalog: bool = False) -> list[str]:
-    """The operations of the benchmark of a disk, for a state on the host or on an accelerator; or those of the catalog's.
+def operation_names(*, device: bool, benchmark: str = DISK) -> list[str]:
+    """The operations of a benchmark, for a state on the host or on an accelerator.
 
     Examples
     --------
     >>> "staging" in operation_names(device=False), "staging" in operation_names(device=True)
     (False, True)
-    >>> "search" in operation_names(device=False), "search" in operation_names(device=False, catalog=True)
+    >>> "search" in operation_names(device=False), "search" in operation_names(device=False, benchmark=CATALOG)
     (False, True)
     """
-    found = [operation for operation in OPERATIONS.values() if operation.of_catalog == catalog]
+    found = [operation for operation in OPERATIONS.values() if operation.benchmark == benchmark]
     return [operation.name for operation in found if device or not operation.device_only]
 
 

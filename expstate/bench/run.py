@@ -21,11 +21,14 @@ import msgspec
 
 from expstate.bench import report
 from expstate.bench.plan import (
+    CATALOG,
+    DISK,
     GIB,
     KIB,
     LIMIT,
     MIB,
     MODULES,
+    NOTEBOOK,
     OPERATIONS,
     SYSTEMS,
     Outcome,
@@ -45,8 +48,6 @@ DESCRIPTION = (
     "Measure take, restore and read beside the limits of this machine and beside other libraries, in turn, each step in a fresh process. "
     "Prints progress to stderr and a table to stdout."
 )
-CATALOG = "catalog"
-"""What is given in the place of a folder to measure the catalog, in the current folder."""
 _CHILD_SECONDS = 3600
 _HOPELESS = 2
 _SPARE_STATES = 3
@@ -88,28 +89,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         metavar="PATH",
         help="folder on the disk to measure, with room for several copies of the state; "
-        "or the word catalog, to measure the catalog and comparisons in the current folder (a folder of that name is ./catalog)",
+        "or the word catalog, to measure the catalog and comparisons in the current folder, or the word notebook, to measure what a "
+        "notebook's user waits for (a folder of such a name is ./catalog)",
     )
     parser.add_argument(
-        "--gib", type=float, default=2.0, metavar="N", help="size of the state, or of the two that are compared (default: 2)"
+        "--gib",
+        type=float,
+        metavar="N",
+        help="size of the state, or of the two that are compared (default: 2; for notebooks 1)",
     )
     parser.add_argument("--tensors", type=int, default=100, metavar="N", help="number of its tensors (default: 100)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="times that each is measured (default: 5)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)} (default: all installed)")
-    of_disk, of_catalog = (", ".join(operation_names(device=True, catalog=catalog)) for catalog in (False, True))
+    of_disk, of_catalog, of_notebook = (", ".join(operation_names(device=True, benchmark=one)) for one in (DISK, CATALOG, NOTEBOOK))
     parser.add_argument(
         "--operations",
         nargs="+",
         choices=tuple(OPERATIONS),
         metavar="OPERATION",
-        help=f"of a disk: {of_disk}; of the catalog: {of_catalog} (default: all)",
+        help=f"of a disk: {of_disk}; of the catalog: {of_catalog}; of notebooks: {of_notebook} (default: all)",
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="where the state is, any device that torch names (default: cpu)")
     parser.add_argument(
         "--small-tensors",
         type=int,
         metavar="N",
-        help="tensors of 1 KiB in small_tensors (default: 100000), or in each snapshot of diff (default: 10000)",
+        help="tensors of 1 KiB in small_tensors (default: 100000), or in each snapshot of diff and browse (default: 10000)",
     )
     parser.add_argument(
         "--records", type=int, default=100_000, metavar="N", help="records of the catalog that is searched (default: 100000)"
@@ -140,37 +145,40 @@ def options_from(arguments: argparse.Namespace) -> Options:
         If they cannot be met: a size that cannot be laid out, a folder or device that is missing, a disk that is too small.
     """
     on_device = arguments.device != "cpu"
-    of_catalog = arguments.path == CATALOG
-    if on_device and of_catalog:
-        msg = f"--device {arguments.device}: the catalog is measured on the host"
+    benchmark = arguments.path if arguments.path in {CATALOG, NOTEBOOK} else DISK
+    of_disk = benchmark == DISK
+    if on_device and not of_disk:
+        msg = f"--device {arguments.device}: this benchmark measures on the host"
         raise ValueError(msg)
     if on_device:
         _check_device(arguments.device)
-    path = Path() if of_catalog else Path(arguments.path)
-    total_bytes = int(arguments.gib * GIB) // 16 * 16
+    path = Path(arguments.path) if of_disk else Path()
+    gib = arguments.gib if arguments.gib is not None else 1.0 if benchmark == NOTEBOOK else 2.0
+    total_bytes = int(gib * GIB) // 16 * 16
     if not path.is_dir():
         msg = f"{str(path)!r} is no folder: name an existing one on the disk to measure"
         raise ValueError(msg)
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         msg = f"--json {arguments.json}: its folder does not exist"
         raise ValueError(msg)
-    small_tensors = arguments.small_tensors if arguments.small_tensors is not None else 10_000 if of_catalog else 100_000
+    small_tensors = arguments.small_tensors if arguments.small_tensors is not None else 100_000 if of_disk else 10_000
     if min(arguments.repeat, small_tensors, arguments.records, arguments.snapshots) < 1:
         msg = "--repeat, --small-tensors, --records and --snapshots must be at least 1"
         raise ValueError(msg)
     if not _FEWEST_TENSORS <= arguments.tensors <= 1 + (total_bytes - MIB) // KIB:
-        msg = f"--gib {arguments.gib:g} --tensors {arguments.tensors}: expected at least 2 tensors, one of 1 MiB and 1 KiB for each other"
+        msg = f"--gib {gib:g} --tensors {arguments.tensors}: expected at least 2 tensors, one of 1 MiB and 1 KiB for each other"
         raise ValueError(msg)
-    possible = operation_names(device=on_device, catalog=of_catalog)
+    possible = operation_names(device=on_device, benchmark=benchmark)
     operations = [name for name in possible if name in (arguments.operations or possible)]
     if len(operations) < len(set(arguments.operations or operations)):
         others = sorted(set(arguments.operations) - set(possible))
-        only = "with PATH" if of_catalog else "with `bench catalog`" if OPERATIONS[others[0]].of_catalog else "with --device"
+        its = OPERATIONS[others[0]].benchmark
+        only = "with --device" if its == benchmark else "with PATH" if its == DISK else f"with `bench {its}`"
         msg = f"{', '.join(others)}: only {only}"
         raise ValueError(msg)
     installed = [system for system in SYSTEMS if system == LIMIT or importlib.util.find_spec(MODULES[system])]
     systems = [system for system in SYSTEMS if system in (arguments.systems or installed)]
-    if of_catalog:
+    if not of_disk:
         systems = [system for system in systems if system in {LIMIT, "expstate"}]
     needed = (len(systems) + _SPARE_STATES) * total_bytes
     free = shutil.disk_usage(path).free
@@ -241,16 +249,17 @@ class _Benchmark:
         """Keep what is read later: a snapshot of every system for the restores, and the digests that these must reach."""
         for system in self._options.systems:
             Path(self._task("", system).kept).mkdir()
-        of_disk = [operation for operation in wanted if operation.needs_kept and not operation.of_catalog]
+        of_disk = [operation for operation in wanted if operation.needs_kept and operation.benchmark == DISK]
+        is_read = any(limit.startswith("read") for operation in wanted for limit in operation.limits)
         described = ""
         if of_disk:
             _progress("prepare: digests of the state")
             described = self._perform(self._task("describe", "")).error
         for system in self._options.systems:
-            if of_disk or (system == LIMIT and any(operation.limits for operation in wanted)):
+            if of_disk or (system == LIMIT and is_read):
                 self._prepare_one("prepare", system, described)
         for operation in wanted:
-            if operation.of_catalog and operation.needs_kept and "expstate" in self._options.systems:
+            if operation.benchmark != DISK and operation.needs_kept and "expstate" in self._options.systems:
                 self._prepare_one(f"prepare_{operation.name}", "expstate")
 
     def _prepare_one(self, step: str, system: str, described: str = "") -> None:

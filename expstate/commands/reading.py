@@ -171,7 +171,8 @@ def _nested(value: Any) -> Any:
 
 def _diff(session: Session, arguments: argparse.Namespace) -> SnapshotDiff:
     old, new = session.snapshot(arguments.ref), session.snapshot(arguments.other)
-    return old.diff(new, stats=arguments.stats, content=arguments.content)
+    difference = old.diff(new, stats=arguments.stats, content=arguments.content)
+    return difference if arguments.top is None else difference.showing(arguments.top)
 
 
 def _differing(difference: SnapshotDiff, arguments: argparse.Namespace) -> list[EntryDiff]:
@@ -188,11 +189,12 @@ def _show_diff(difference: SnapshotDiff, view: View, arguments: argparse.Namespa
     for fact in difference.metadata:
         view.line(f"  {show.fact_text(fact)}")
     rows = _differing(difference, arguments)
+    most = _ROWS if difference.top is None else difference.top
     if rows:
         view.line()
-        _show_rows(rows[:_ROWS], view, with_statistics=difference.has_statistics)
-    if len(rows) > _ROWS:
-        view.line(f"and {len(rows) - _ROWS:,} more, listed by --json")
+        _show_rows(rows[:most], view, with_statistics=difference.has_statistics)
+    if len(rows) > most:
+        view.line(f"and {len(rows) - most:,} more, listed by --json")
 
 
 def _diff_data(difference: SnapshotDiff, arguments: argparse.Namespace) -> Any:
@@ -286,6 +288,7 @@ VERBS = (
             argument(
                 "--content", action="store_true", help="read tensors that are cut into other shards, to see whether they are the same"
             ),
+            argument("--top", type=int, metavar="N", help=f"show up to so many entries (default: {_ROWS})"),
             argument("--only", action="append", metavar="GLOB", help="show only entries that this matches; may be given several times"),
             argument("--exit-code", action="store_true", help="exit with 1 if an entry differs"),
         ),

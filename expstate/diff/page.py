@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 20
 _MOST_FACTS = 30
-_CELL = "text-align:left;padding:1px 12px 1px 0;vertical-align:top;overflow-wrap:anywhere"
+_CELL = "text-align:left;padding:1px 12px 1px 0;vertical-align:top;"
+_NAME = f"{_CELL}min-width:8em;overflow-wrap:anywhere"
+_WORD = f"{_CELL}white-space:nowrap"
+_ENTRY = (_NAME, _WORD, _NAME)
+_FACT = (_NAME, _NAME, _NAME)
+"""Styles of the cells of a row."""
 
 
 def as_html(diff: SnapshotDiff) -> str:
@@ -28,6 +33,7 @@ def as_html(diff: SnapshotDiff) -> str:
     rows += diff.kept_otherwise()
     if diff.has_statistics:
         rows.sort(key=show.by_change)
+    most = _MOST_ROWS if diff.top is None else diff.top
     facts = [
         (fact.name, "" if fact.change == "added" else show.text(fact.old), "" if fact.change == "removed" else show.text(fact.new))
         for fact in diff.metadata
@@ -35,9 +41,9 @@ def as_html(diff: SnapshotDiff) -> str:
     parts = [
         f'<div class="expstate-diff"><b>{_text(summary.sides(diff, "→"))}</b>: {_text(summary.counted(diff))}',
         as_svg(list(diff), has_statistics=diff.has_statistics) if rows else "",
-        _table(("entry", "change", "what"), [_row(row) for row in rows if not row.is_tensor], _MOST_ROWS),
-        _table(("tensor", "change", "what"), [_row(row) for row in rows if row.is_tensor], _MOST_ROWS),
-        _table(("metadata", "old", "new"), facts, _MOST_FACTS),
+        _table(("entry", "change", "what"), _ENTRY, [_row(row) for row in rows if not row.is_tensor], most),
+        _table(("tensor", "change", "what"), _ENTRY, [_row(row) for row in rows if row.is_tensor], most),
+        _table(("metadata", "old", "new"), _FACT, facts, _MOST_FACTS),
         "</div>",
     ]
     return "".join(parts)
@@ -51,10 +57,15 @@ def _text(shown: str) -> str:
     return html.escape(paths.printable(shown))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], most: int) -> str:
+def _table(heads: Sequence[str], styles: Sequence[str], rows: Sequence[Sequence[str]], most: int) -> str:
     if not rows:
         return ""
-    head = "".join(f'<th style="{_CELL}">{_text(name)}</th>' for name in heads)
-    body = "".join("<tr>" + "".join(f'<td style="{_CELL}">{_text(cell)}</td>' for cell in row) + "</tr>" for row in rows[:most])
+    head = _cells("th", styles, heads)
+    body = "".join(_cells("td", styles, row) for row in rows[:most])
     more = f"<div>… and {len(rows) - most:,} more</div>" if len(rows) > most else ""
-    return f'<table style="margin:8px 0 0 0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}'
+    return f'<table style="margin:8px 0 0 0"><thead>{head}</thead><tbody>{body}</tbody></table>{more}'
+
+
+def _cells(tag: str, styles: Sequence[str], texts: Sequence[str]) -> str:
+    cells = (f'<{tag} style="{style}">{_text(text)}</{tag}>' for style, text in zip(styles, texts, strict=True))
+    return f"<tr>{''.join(cells)}</tr>"

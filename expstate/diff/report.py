@@ -165,6 +165,8 @@ class SnapshotDiff:
         Metadata, classes of the keys and provenance: only what differs.
     has_statistics : bool
         Whether changed tensors were read.
+    top : int or None
+        How many entries of each kind it lists when it is shown; None for a few. ``showing`` changes it.
     """
 
     old: DiffSide
@@ -176,6 +178,7 @@ class SnapshotDiff:
     _twins: Twins = field(repr=False)
     _found: dict[str, Statistics] = field(repr=False)
     _changes: dict[str, Change] = field(repr=False)
+    top: int | None = None
 
     # What differs
 
@@ -304,6 +307,19 @@ class SnapshotDiff:
         return EntryDiff(path, "same", old, new, ("layout",) if path in self._comparison.otherwise_cut else ())
 
     # For people and programs
+
+    def showing(self, top: int) -> SnapshotDiff:
+        """The same comparison, which lists up to so many entries of each kind when it is shown, those that changed most first.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``top`` is less than 1.
+        """
+        if top < 1:
+            msg = f"top must be at least 1, got {top}"
+            raise InvalidArgumentError(msg)
+        return replace(self, top=top)
 
     def summary(self) -> str:
         """A few lines: how much differs, which values, what most, and what else is known to differ."""

@@ -24,15 +24,16 @@ def as_text(diff: SnapshotDiff) -> str:
     changed = diff.entries("changed")
     measured = sorted((row for row in changed if row.statistics is not None), key=show.by_change)
     others = [row for row in changed if row.statistics is None]
+    few = _MOST_ENTRIES if diff.top is None else diff.top
     lines = [heading(diff)]
-    lines += _listed("values", [str(row) for row in others if row.kind == "value"], _MOST_VALUES)
-    lines += _listed("most changed", [f"{paths.printable(row.entry)} ({show.row_text(row)})" for row in measured])
-    lines += _listed("tensors", [str(row) for row in others if row.is_tensor])
-    lines += _listed("others", [str(row) for row in others if not row.is_tensor and row.kind != "value"])
-    lines += _listed("renamed", [f"{paths.printable(old)} -> {paths.printable(new)}" for old, new in diff.renamed])
-    lines += _listed("added", [_with_twin(row) for row in diff.entries("added") if row.renamed_from is None])
-    lines += _listed("removed", [_with_twin(row) for row in diff.entries("removed") if row.renamed_to is None])
-    lines += _listed("the same", [f"{paths.printable(row.entry)} ({show.row_text(row)})" for row in diff.kept_otherwise()])
+    lines += _listed("values", [str(row) for row in others if row.kind == "value"], _MOST_VALUES if diff.top is None else diff.top)
+    lines += _listed("most changed", [f"{paths.printable(row.entry)} ({show.row_text(row)})" for row in measured], few)
+    lines += _listed("tensors", [str(row) for row in others if row.is_tensor], few)
+    lines += _listed("others", [str(row) for row in others if not row.is_tensor and row.kind != "value"], few)
+    lines += _listed("renamed", [f"{paths.printable(old)} -> {paths.printable(new)}" for old, new in diff.renamed], few)
+    lines += _listed("added", [_with_twin(row) for row in diff.entries("added") if row.renamed_from is None], few)
+    lines += _listed("removed", [_with_twin(row) for row in diff.entries("removed") if row.renamed_to is None], few)
+    lines += _listed("the same", [f"{paths.printable(row.entry)} ({show.row_text(row)})" for row in diff.kept_otherwise()], few)
     lines += _listed("metadata", [show.fact_text(fact) for fact in diff.metadata], _MOST_FACTS)
     return "\n".join(lines)
 
@@ -65,7 +66,7 @@ def _with_twin(row: EntryDiff) -> str:
     return f"{paths.printable(row.entry)}{twin}"
 
 
-def _listed(what: str, items: list[str], most: int = _MOST_ENTRIES) -> list[str]:
+def _listed(what: str, items: list[str], most: int) -> list[str]:
     """Items on one line if they fit there, else each on its own; of many the first."""
     if not items:
         return []

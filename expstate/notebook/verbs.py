@@ -167,12 +167,13 @@ def _diff(session: Session, arguments: argparse.Namespace) -> SnapshotDiff:
     names, other = list(arguments.names), arguments.other
     options = {"stats": arguments.stats, "content": arguments.content}
     try:
-        return kernel.diff(arguments.ref, other, names, **options)
+        found = kernel.diff(arguments.ref, other, names, **options)
     except RefNotFoundError:
         if other == LIVE or other not in kernel.namespace:
             raise
         # No snapshot goes by it, and an object does: it is the first of the names.
-        return kernel.diff(arguments.ref, LIVE, [other, *names], **options)
+        found = kernel.diff(arguments.ref, LIVE, [other, *names], **options)
+    return found if arguments.top is None else found.showing(arguments.top)
 
 
 # restore, undo, redo
@@ -288,6 +289,7 @@ OWN: tuple[Verb, ...] = (
         argument("names", nargs="*", metavar="NAME", help="what to compare (default: all that both have)"),
         argument("--stats", action="store_true", help="read the tensors that changed, and tell how far"),
         argument("--content", action="store_true", help="read tensors that are only cut otherwise"),
+        argument("--top", type=int, metavar="N", help="list so many entries, those that changed most first"),
     ),
     _verb(
         "restore",

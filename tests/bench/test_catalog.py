@@ -13,7 +13,7 @@ import pytest
 
 from expstate.bench import catalog, run
 from expstate.bench.child import perform
-from expstate.bench.plan import OPERATIONS, Task, Workload, operation_names
+from expstate.bench.plan import CATALOG, DISK, OPERATIONS, Task, Workload, operation_names
 from expstate.cli import main
 
 SMALL = ["--gib", "0.005", "--repeat", "1", "--records", "300", "--snapshots", "7", "--small-tensors", "25"]
@@ -40,7 +40,7 @@ def found(tmp_path_factory):
 
 def test_every_operation_is_measured_and_nothing_fails(found):
     assert {} == {(record.operation, record.system): record.error for record in found if record.error}
-    assert operation_names(device=False, catalog=True) == [record.operation for record in found if record.system == "expstate"]
+    assert operation_names(device=False, benchmark=CATALOG) == [record.operation for record in found if record.system == "expstate"]
     assert ["diff_stats"] == [record.operation for record in found if record.system == "limit"]
 
 
@@ -91,7 +91,7 @@ def test_the_benchmark_of_a_disk_records_nothing(tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["--operations", "take"], "take: only with PATH"),
-        (["--device", "cuda"], "measured on the host"),
+        (["--device", "cuda"], "measures on the host"),
         (["--records", "0"], "at least 1"),
         (["--snapshots", "0"], "at least 1"),
     ],
@@ -117,8 +117,8 @@ def test_a_folder_that_is_named_catalog_is_a_disk(tmp_path, monkeypatch):
     options = run.options_from(parser.parse_args(["./catalog", "--gib", "0.02"]))
     of_catalog = _options()
 
-    assert {False} == {OPERATIONS[name].of_catalog for name in options.operations}
-    assert {True} == {OPERATIONS[name].of_catalog for name in of_catalog.operations}
+    assert {DISK} == {OPERATIONS[name].benchmark for name in options.operations}
+    assert {CATALOG} == {OPERATIONS[name].benchmark for name in of_catalog.operations}
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):

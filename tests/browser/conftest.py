@@ -17,7 +17,7 @@ from .pages import NotebookPage
 from .servers import JupyterServer
 
 # Nothing but loopback is reached, and the browser asks nobody for news.
-_FLAGS = [
+FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"),
 ]
@@ -55,7 +55,7 @@ def jupyter_server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> I
 def browser(chromium: str) -> Iterator[Browser]:
     """One browser for the tests of a module: while it is open, no other event loop can run in this thread."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
         browser.close()
 

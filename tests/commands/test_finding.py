@@ -216,6 +216,14 @@ def test_diff_shows_each_entry_that_differs(kept: Project, run: Run) -> None:
     assert ["model/2.weight"] == [row["entry"] for row in run("diff first best --only 'model/*' --json").json["entries"]]
 
 
+def test_diff_shows_as_many_entries_as_it_is_told(kept: Project, run: Run) -> None:
+    lines = run("diff first best --top 1").out.splitlines()
+    assert "model/2.weight  changed  content differs" == lines[-2]
+    assert "and 1 more, listed by --json" == lines[-1]
+    assert 2 == len(run("diff first best --top 1 --json").json["entries"])
+    assert "top must be at least 1" in run("diff first best --top 0").err
+
+
 def test_diff_is_with_the_latest_unless_another_is_named(kept: Project, run: Run) -> None:
     assert run("diff first").out.startswith("epoch-1 -> epoch-4: ")
 

@@ -224,6 +224,7 @@ def test_a_long_report_is_cut_and_says_so(take: Take, stats: bool) -> None:
     assert [20, 20, 30] == [len(body) for body in parsed(html).iter("tbody")]
     assert 32 == len(cells_of(html))
     assert len(html) < 40_000
+    assert [7, 7, 30] == [len(body) for body in parsed(old.diff(new, stats=stats).showing(7)._repr_html_()).iter("tbody")]
     assert ["… and 10 more"] == re.findall(
         "… and [0-9,]+ more", take(**dict.fromkeys("abcdefghijklmnopqrstuvwxyz1234", 1)).diff(take())._repr_html_()
     )
@@ -309,6 +310,6 @@ def test_live_state_has_a_page_too(take: Take) -> None:
 
 
 def test_rows_of_a_page_are_as_many_as_it_promises() -> None:
-    assert "… and 1 more" in page._table(("a",), [("x",)] * 3, 2)
-    assert "more" not in page._table(("a",), [("x",)] * 2, 2)
-    assert "" == page._table(("a",), [], 2)
+    assert "… and 1 more" in page._table(("a",), ("",), [("x",)] * 3, 2)
+    assert "more" not in page._table(("a",), ("",), [("x",)] * 2, 2)
+    assert "" == page._table(("a",), ("",), [], 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from expstate import Snapshot, StateDict
 from expstate.diff.report import SnapshotDiff
-from expstate.errors import EntryNotFoundError, ExpstateError, SnapshotCorruptError, SnapshotReplacedError
+from expstate.errors import EntryNotFoundError, ExpstateError, InvalidArgumentError, SnapshotCorruptError, SnapshotReplacedError
 from expstate.format.manifest import Metadata
 from tests.snapshot.boxes import Shard, write_boxes
 
@@ -143,6 +144,21 @@ def test_plain_data_of_values_that_json_has_not(take: Take) -> None:
 
 
 # Texts
+
+
+def test_as_many_entries_are_listed_as_are_asked_for(take: Take) -> None:
+    tensors = {f"w{number}": torch.full((2,), 1.0 + number) for number in range(9)}
+    diff = take(**tensors).diff(take(**{name: tensor + 1 for name, tensor in tensors.items()}), stats=True)
+
+    for top, listed in ((None, 3), (1, 1), (5, 5), (9, 9), (100, 9)):
+        shown = diff if top is None else diff.showing(top)
+        lines = shown.summary().split("\n")
+        assert [f"state/w{number}" for number in range(listed)] == re.findall(r"state/w\d", "\n".join(lines[1:]))
+        assert (listed < 9) == (f"and {9 - listed} more" in lines[-1])
+        assert 9 == len(shown.changed)
+    for top in (0, -1):
+        with pytest.raises(InvalidArgumentError, match="top must be at least 1"):
+            diff.showing(top)
 
 
 def test_a_summary_names_what_matters(mixed: SnapshotDiff) -> None:

@@ -358,24 +358,37 @@ def test_a_closed_widget_listens_no_more(lab: Lab):
 # In the notebook
 
 
-def test_a_saved_notebook_shows_a_table_in_which_nothing_is_markup(lab: Lab):
+@pytest.fixture
+def displayed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+    """A function that shows the browser as the last line of a cell would; gives the data of its outputs."""
+
+    def display() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        monkeypatch.setattr(widget, "display", lambda data, **_: found.append(data))
+        lab.browser._ipython_display_()
+        return found
+
+    return display
+
+
+def test_a_saved_notebook_shows_a_table_in_which_nothing_is_markup(lab: Lab, displayed: Callable[[], list[dict[str, Any]]]):
     lab.take("one", tags=[HOSTILE.replace("=", "")], metrics={f"{HOSTILE}<b>": 1.0})
-    data = lab.browser._repr_mimebundle_()
-    bundle = data[0] if isinstance(data, tuple) else data
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert "1 snapshot" in bundle["text/html"]
-    assert "&lt;img" in bundle["text/html"]
-    assert "<img" not in bundle["text/html"]
-    assert "<b>" not in bundle["text/html"]
+    table, live = displayed()
+    assert "application/vnd.jupyter.widget-view+json" in live
+    assert "text/html" not in live
+    assert f'class="{lab.browser.static_class}"' in table["text/html"]
+    assert "1 snapshot" in table["text/html"]
+    assert "&lt;img" in table["text/html"]
+    assert "<img" not in table["text/html"]
+    assert "<b>" not in table["text/html"]
 
 
-def test_the_table_of_a_query_that_fails_is_its_error(lab: Lab):
+def test_the_table_of_a_query_that_fails_is_its_error(lab: Lab, displayed: Callable[[], list[dict[str, Any]]]):
     lab.take()
     lab.browser.query = "<b> <"
-    data = lab.browser._repr_mimebundle_()
-    bundle = data[0] if isinstance(data, tuple) else data
-    assert "cannot be understood" in bundle["text/html"]
-    assert "<b>" not in bundle["text/html"]
+    table, _ = displayed()
+    assert "cannot be understood" in table["text/html"]
+    assert "<b>" not in table["text/html"]
 
 
 def test_browse_needs_a_notebook(lab: Lab):

@@ -50,6 +50,7 @@ def test_a_session_from_the_first_take_to_the_last_undo(notebook: Kernel) -> Non
     assert "changed since: model, losses, lr" in status.text
     diff = notebook.do("%snapshot diff best model")
     assert "1 changed" in diff.text
+    assert 5 == notebook.value("get_ipython().run_line_magic('snapshot', 'diff best model --top 5').top")
     restored = notebook.do("%snapshot restore best")
     assert "bound anew: lr" in restored.text
     assert (before, [1.0], 0.1) == (notebook.value(WEIGHTS), notebook.value("losses"), notebook.value("lr"))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import html
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
 import traitlets
+from IPython.display import display
 
 from expstate.commands.view import clean_lines
 from expstate.errors import ExpstateError, InvalidQueryError
@@ -52,19 +54,22 @@ class Browser(anywidget.AnyWidget):
         What it shows.
     selected : list of str
         Ids of the snapshots that are selected.
+    static_class : str
+        The class of the table that stands in its place where it does not live.
     """
 
     _esm = _STATIC / "browser.js"
     _css = _STATIC / "browser.css"
     query = traitlets.Unicode("").tag(sync=True)
     selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    static_class = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, kernel: Kernel, query: str = "", project: str | None = None) -> None:
         self._kernel = kernel
         self._context = contextvars.copy_context()
         self._asks = Asks(kernel, project)
         self._jobs = Jobs(lambda number, message: self.send({"number": number, **message}), _failure)
-        super().__init__(query=query)
+        super().__init__(query=query, static_class=f"expstate-static-{uuid.uuid4().hex}")
         self.on_msg(self._receive)
         self._watcher = Watcher(kernel.catalog, self._changed)
         self._leave = [kernel.on_change(self._changed)]
@@ -141,19 +146,25 @@ class Browser(anywidget.AnyWidget):
     def __repr__(self) -> str:
         return f"Browser({self.query!r})"
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        found = super()._repr_mimebundle_(**options)
-        bundle = found[0] if isinstance(found, tuple) else found
-        if isinstance(bundle, dict):
-            bundle["text/html"] = self._static_page()
-        return found
+    def _ipython_display_(self, **options: Any) -> None:
+        """Show a table of the first snapshots, and the widget, which hides the table as long as it lives.
+
+        They are two outputs because a front end that finds no widget behind an output of that kind says just that, though the output holds
+        HTML as well: so is every saved notebook whose kernel is gone.
+        """
+        show: Any = display
+        found: Any = self._repr_mimebundle_(**options)
+        data, metadata = found if isinstance(found, tuple) else (found, {})
+        show({"text/html": self._static_page(), "text/plain": repr(self)}, raw=True)
+        show({**data, "text/plain": "(run the cell to have the browser here)"}, metadata=metadata, raw=True)
 
     def _static_page(self) -> str:
         """What a saved notebook shows."""
         try:
-            return page.as_html(self._asks.table.search(self.query), self.query)
+            found = page.as_html(self._asks.table.search(self.query), self.query)
         except ExpstateError as error:
-            return f"<pre>{html.escape(_failure(error)['message'])}</pre>"
+            found = f"<pre>{html.escape(_failure(error)['message'])}</pre>"
+        return f'<div class="{self.static_class}">{found}</div>'
 
 
 def _failure(error: BaseException) -> dict[str, Any]:

@@ -1530,6 +1530,13 @@ function previewParts(found) {
 
 // ---------------------------------------------------------------------------------------------------------------- anywidget
 
+/** Hide the table of the saved notebook, which is an output of its own, for as long as the browser is here. */
+function hideStatic(model) {
+  const name = model.get("static_class");
+  // Two rules: where the second is not understood, an empty line is left.
+  return make("style", { text: name ? `.${name} { display: none } .jp-OutputArea-child:has(.${name}) { display: none !important }` : "" });
+}
+
 function render({ model, el }) {
   // Keys are the browser's own: a notebook must not take them for its shortcuts.
   const root = make("div", { className: "exps", testid: "expstate-browser", "data-lm-suppress-shortcuts": "true" });
@@ -1539,6 +1546,7 @@ function render({ model, el }) {
   el.append(root);
   const stop = followGround(root);
   const view = open(model, root);
+  root.append(hideStatic(model));
   return () => {
     stop();
     for (const part of Object.values(view.parts)) part.close?.();
