@@ -25,13 +25,13 @@ test: $(STAMP) ## run every test and the examples in the docstrings
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
 	@command -v chromium >/dev/null || bash .ci/install-chromium
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not gpu"
-	@# These break disks and processes and need the machine to themselves.
-	@if grep -rqE 'mark\.slow\b' tests; then set -x; $(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/browser --ignore tests/notebook/test_browser_page.py tests; fi
+	@# These break disks and processes, or drive a browser, and need the machine to themselves.
+	$(BIN)/python -m pytest -m "slow and not gpu" tests
 	VENV=$(VENV) bash .ci/lessons
 
 browser: $(STAMP) ## open notebooks in JupyterLab, Notebook 7 and Voila with a real browser (minutes)
 	@command -v chromium >/dev/null || bash .ci/install-chromium
-	$(BIN)/python -m pytest -m slow tests/browser tests/notebook/test_browser_page.py
+	$(BIN)/python -m pytest -m slow tests/browser
 
 check: $(STAMP) ## lint, format, types, and the floors of the architecture
 	$(BIN)/ruff check .

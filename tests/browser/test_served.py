@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from playwright.sync_api import Browser as Chromium
+from playwright.sync_api import expect
 
 from expstate import Catalog, Snapshot, StateDict, settings
 from expstate.bench.catalog_fill import fill
 from expstate.notebook.browser.widget import Browser
+from tests.notebook.experiment import kernel_of, made
+from tests.notebook.served import Served
 
-from .experiment import kernel_of, made
-from .served import Served
-
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("needs chromium", allow_module_level=True)
-
-pytestmark = pytest.mark.slow  # `make browser`
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
-expect = playwright.expect
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        arguments = [
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-        ]
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 class Opened:
@@ -64,14 +42,14 @@ class Opened:
 
 
 @pytest.fixture
-def show(chromium: Any) -> Iterator[Callable[..., Opened]]:
+def show(browser: Chromium) -> Iterator[Callable[..., Opened]]:
     """Open a page with a widget; what goes wrong in its scripts fails the test."""
     with settings.override(project="tests"):
         opened: list[tuple[Any, Served, list[str]]] = []
 
         def begin(widget: Browser, asked: str = "", width: int = 1180) -> Opened:
             served, errors = Served(widget), []
-            page = chromium.new_page(viewport={"width": width, "height": 700})
+            page = browser.new_page(viewport={"width": width, "height": 700})
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.set_default_timeout(15_000)
             opened.append((page, served, errors))
@@ -337,10 +315,10 @@ def test_an_unmounted_view_leaves_nothing(show: Callable[..., Opened], experimen
     assert 0 == opened.page.locator(".exps").count()
 
 
-def test_a_page_without_a_kernel_says_so(chromium: Any, experiment: Browser):
+def test_a_page_without_a_kernel_says_so(browser: Chromium, experiment: Browser):
     experiment._receive = lambda *_: None  # nobody is there
     served = Served(experiment)
-    page = chromium.new_page()
+    page = browser.new_page()
     page.goto(served.url)
     expect(page.locator(".empty").first).to_contain_text("does not answer", timeout=10_000)
     page.close()
