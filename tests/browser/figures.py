@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from playwright.sync_api import Browser, sync_playwright
 
-from expstate import Catalog, Snapshot, StateDict
+from expstate import Catalog, Snapshot, StateDict, settings
 from expstate.bench.catalog_fill import fill
 
 from .conftest import FLAGS
@@ -37,7 +37,10 @@ _UNTIL = """async ([act, seen]) => {
     const begin = performance.now();
     (new Function("root", act))(root);
     const isSeen = new Function("root", `return (${seen})`);
-    while (!isSeen(root)) await new Promise((done) => requestAnimationFrame(done));
+    while (!isSeen(root)) {
+        if (performance.now() - begin > 20000) throw new Error(`not seen: ${seen} in ${root.textContent.slice(0, 300)}`);
+        await new Promise((done) => requestAnimationFrame(done));
+    }
     await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
     return (performance.now() - begin) / 1000;
 }"""
@@ -59,7 +62,8 @@ def _prepared(folder: Path) -> Path:
     catalog = Catalog(folder / "catalog.db")
     fill(catalog, RECORDS, project="figures")
     state = StateDict({f"layers.{number}.weight": torch.full((256,), float(number)) for number in range(TENSORS)})
-    Snapshot.take(folder / "wide", {"model": state}, name="wide", metrics={"loss": -1.0}, catalog=catalog, progress=False)
+    with settings.override(project="figures"):
+        Snapshot.take(folder / "wide", {"model": state}, name="wide", metrics={"loss": -1.0}, catalog=catalog, progress=False)
     catalog.close()
     return folder / "catalog.db"
 

@@ -6,7 +6,6 @@
 
 const ROW = 30;          // height of a row of the table, in pixels
 const PAGE = 100;        // rows that are asked for at once
-const TYPING_MS = 25;    // after the last key, before the query goes to the kernel
 const MOST_SELECTED = 500;
 const SILENT_MS = 4000;  // a kernel that has not answered by then is said to be silent
 
@@ -368,13 +367,12 @@ function queryBar(view) {
     live.classList.remove("up");
     if (on) search(view);
   };
-  const commit = later(TYPING_MS, () => search(view));
   input.addEventListener("input", () => {
     view.query = input.value;
     problem = null;
     box.classList.remove("bad");
     paint();
-    commit();
+    search(view);
   });
   input.addEventListener("scroll", () => { mirror.scrollLeft = input.scrollLeft; });
   input.addEventListener("keydown", (event) => {
