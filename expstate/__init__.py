@@ -111,13 +111,15 @@ def lock() -> "AbstractContextManager[bool]":
     return current().lock
 
 
-def browse(query: str | None = None) -> Any:
+def browse(query: str | None = None, *, project: str | None = None) -> Any:
     """Open the browser of snapshots.
 
     Parameters
     ----------
     query : str, optional
         What it shows at first, as for ``Catalog.search``.
+    project : str, optional
+        Another project than the current one; ``"*"`` for all.
 
     Returns
     -------
@@ -126,4 +128,4 @@ def browse(query: str | None = None) -> Any:
     """
     from expstate.notebook.browser import browse as open_browser  # noqa: PLC0415 - as above
 
-    return open_browser(query)
+    return open_browser(query, project=project)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>
 class Opened:
     """A page with the widget on it."""
 
-    def __init__(self, page: Any, widget: Browser) -> None:
+    def __init__(self, page: Any, widget: Browser, screenshots: Path) -> None:
         self.page = page
         self.widget = widget
+        self._screenshots = screenshots
 
     def part(self, name: str) -> Any:
         return self.page.locator(f"[data-testid='{name}']")
@@ -40,22 +42,28 @@ class Opened:
     def ask(self, query: str) -> None:
         self.part("query").fill(query)
 
+    def screenshot(self, name: str) -> None:
+        """A picture of the widget; where it goes is said by ``BROWSER_SCREENSHOTS``. Those in the README are made so."""
+        self.page.mouse.move(0, 0)
+        self.page.locator(".exps").screenshot(path=self._screenshots / f"{name}.png")
+
 
 @pytest.fixture
-def show(browser: Chromium) -> Iterator[Callable[..., Opened]]:
+def show(browser: Chromium, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
     """Open a page with a widget; what goes wrong in its scripts fails the test."""
+    screenshots = Path(os.environ.get("BROWSER_SCREENSHOTS") or tmp_path)
     with settings.override(project="tests"):
         opened: list[tuple[Any, Served, list[str]]] = []
 
         def begin(widget: Browser, asked: str = "", width: int = 1180) -> Opened:
             served, errors = Served(widget), []
-            page = browser.new_page(viewport={"width": width, "height": 700})
+            page = browser.new_page(viewport={"width": width, "height": 700}, device_scale_factor=1.5)
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.set_default_timeout(15_000)
             opened.append((page, served, errors))
             page.goto(served.url + asked)
             page.wait_for_selector("[data-testid=row]")
-            return Opened(page, widget)
+            return Opened(page, widget, screenshots)
 
         yield begin
         for page, served, errors in opened:
@@ -123,6 +131,7 @@ def test_a_snapshot_is_opened_down_to_the_card_of_a_tensor(show: Callable[..., O
     expect(opened.part("card")).to_contain_text("32\N{MULTIPLICATION SIGN}32 float32")
     expect(opened.part("card").locator("rect")).to_have_count(48)
     expect(opened.part("card")).to_contain_text("std")
+    opened.screenshot("objects")
 
 
 def test_keys_alone_are_enough(show: Callable[..., Opened], experiment: Browser):
@@ -149,13 +158,14 @@ def test_keys_alone_are_enough(show: Callable[..., Opened], experiment: Browser)
 
 
 def test_two_are_compared(show: Callable[..., Opened], experiment: Browser):
-    opened = show(experiment)
+    opened = show(experiment, "?dark")
     opened.row("step-900").click()
     opened.row("step-500").click(modifiers=["Control"])
     opened.part("diff").click()
     expect(opened.part("diff-counts")).to_contain_text("changed")
     expect(opened.part("heatmap")).to_contain_text("%")
     expect(opened.part("diff-facts")).to_contain_text("metric.loss")
+    opened.screenshot("diff")
 
 
 def test_a_restore_is_previewed_done_and_undone(show: Callable[..., Opened], experiment: Browser):
@@ -169,6 +179,7 @@ def test_a_restore_is_previewed_done_and_undone(show: Callable[..., Opened], exp
     box = opened.part("tree-row").filter(has_text="optimizer").locator("input")
     box.click()
     expect(opened.part("restore-preview")).to_contain_text("optimizer stays")
+    opened.screenshot("restore")
     opened.part("restore-run").click()
     expect(opened.part("restore-preview")).to_contain_text("Restored")
     assert float(model.pooler.weight.detach().max()) < 7
