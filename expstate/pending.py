@@ -13,19 +13,22 @@ import contextvars
 import logging
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expstate.catalog import running
 from expstate.engine.crew import StoppedError
+from expstate.engine.report import bytes_text
 from expstate.errors import TakeCancelledError, TakeFailedWarning, TakePendingError
+from expstate.progress import in_notebook
+from expstate.state import paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from typing import Any
 
     from expstate.engine.take import Take
     from expstate.snapshot import Snapshot
 
+_MOST_KEYS = 12
 _log = logging.getLogger("expstate")
 _unreported: dict[str, str] = {}
 
@@ -206,6 +209,32 @@ class PendingSnapshot:
         else:
             state = f"failed: {type(self._error).__name__}: {self._error}"
         return f"PendingSnapshot({self.path!r}, id={self.id[:8]}, {state})"
+
+    def __str__(self) -> str:
+        title, keys = self.id[:8], self._take.keys
+        if self._take.name is not None:
+            title = f"{paths.printable(self._take.name)} ({title})"
+        more = [f"{len(keys) - _MOST_KEYS:,} more"] if len(keys) > _MOST_KEYS else []
+        what = f"{title} of {', '.join([*map(paths.printable, keys[:_MOST_KEYS]), *more])}"
+        if not self.done():
+            return f"taking {what}: {bytes_text(self.done_bytes)} of {bytes_text(self.total_bytes)} written"
+        if self._snapshot is not None:
+            return f"took {what}: {bytes_text(self.total_bytes)} in {self._snapshot.manifest.duration_seconds or 0:.2g} s"
+        if isinstance(self._error, TakeCancelledError):
+            return f"cancelled the take {what}; nothing of it remains"
+        return f"FAILED: the take {what}: {type(self._error).__name__}: {paths.printable(str(self._error))}"
+
+    def _ipython_display_(self) -> None:
+        """A line that changes when the take has ended; at a terminal, where lines stay, it is printed once."""
+        from IPython.display import display  # noqa: PLC0415 - only IPython calls this
+
+        show: Any = display
+        handle = show(self._as_data(), raw=True, display_id=True)
+        if in_notebook() and handle is not None and not self.done():
+            self.add_done_callback(lambda _: handle.update(self._as_data(), raw=True))
+
+    def _as_data(self) -> dict[str, str]:
+        return {"text/plain": str(self)}
 
 
 def _warn_at_exit() -> None:

@@ -214,7 +214,7 @@ class _Asked:
             return f"; the nearest {'is' if len(hints) == 1 else 'are'} {', '.join(hints)}"
         if _SHORT.fullmatch(self._text):
             return "; of an id at least 4 digits are needed"
-        return ""
+        return "; `expstate list` shows those that are there"
 
     def _near_labels(self, connection: sa.Connection) -> list[str]:
         names, aliases = schema.records, schema.aliases

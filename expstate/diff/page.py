@@ -29,7 +29,9 @@ _FACT = (_NAME, _NAME, _NAME)
 
 def as_html(diff: SnapshotDiff) -> str:
     """Everything on one page, without scripts and styles of its own."""
+    drawn = set(diff.drawn)
     rows = [row for change in ("changed", "added", "removed") for row in diff.entries(change) if row.renamed_to is None]
+    rows = [row for row in rows if row.entry not in drawn]
     rows += diff.kept_otherwise()
     if diff.has_statistics:
         rows.sort(key=show.by_change)
@@ -43,6 +45,7 @@ def as_html(diff: SnapshotDiff) -> str:
         as_svg(list(diff), has_statistics=diff.has_statistics) if rows else "",
         _table(("entry", "change", "what"), _ENTRY, [_row(row) for row in rows if not row.is_tensor], most),
         _table(("tensor", "change", "what"), _ENTRY, [_row(row) for row in rows if row.is_tensor], most),
+        f"<div>random numbers were drawn: {', '.join(map(_text, diff.drawn))}</div>" if drawn else "",
         _table(("metadata", "old", "new"), _FACT, facts, _MOST_FACTS),
         "</div>",
     ]

@@ -178,6 +178,7 @@ class SnapshotDiff:
     _twins: Twins = field(repr=False)
     _found: dict[str, Statistics] = field(repr=False)
     _changes: dict[str, Change] = field(repr=False)
+    _generators: frozenset[str] = field(repr=False)
     top: int | None = None
 
     # What differs
@@ -196,6 +197,11 @@ class SnapshotDiff:
     def changed(self) -> tuple[str, ...]:
         """Paths of entries that both have and that differ."""
         return tuple(change.path for change in self._comparison.changed)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Of ``changed``, what belongs to random generators (``RNGState``): random numbers were drawn in between."""
+        return tuple(path for path in self.changed if paths.key_of(path) in self._generators) if self._generators else ()
 
     @property
     def same(self) -> tuple[str, ...]:

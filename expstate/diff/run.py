@@ -20,6 +20,7 @@ from expstate.diff.stream import Pair, PairReader
 from expstate.format.manifest import TensorEntry
 from expstate.progress import Progress, ProgressOption
 from expstate.state import paths
+from expstate.state.stateful import RNGState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from expstate.engine.source import SnapshotSource
     from expstate.state import tree
     from expstate.state.stateful import Stateful
+
+
+_GENERATORS = f"{RNGState.__module__}.{RNGState.__qualname__}"
+"""The class of the keys that hold random generators."""
 
 
 class DiffOptions(msgspec.Struct, frozen=True):
@@ -46,7 +51,8 @@ def diff_snapshots(old: SnapshotSource, new: SnapshotSource, options: DiffOption
         facts = compare_facts(old.manifest, new.manifest)
     work = _Reading(old, new, {}, options)
     comparison = work.read(comparison, listings[1])
-    return _report(_side(old), _side(new), facts, listings, comparison, work)
+    classes = {record.key: record.type for record in (*old.manifest.keys, *new.manifest.keys)}
+    return _report(_side(old), _side(new), facts, listings, comparison, work, classes)
 
 
 def diff_live(old: SnapshotSource, app_state: Mapping[str, Stateful], options: DiffOptions) -> SnapshotDiff:
@@ -59,7 +65,7 @@ def diff_live(old: SnapshotSource, app_state: Mapping[str, Stateful], options: D
     facts = compare_classes({record.key: record.type for record in old.manifest.keys}, live.classes)
     work = _Reading(old, None, live.arrays, options)
     comparison = work.read(comparison, listings[1])
-    return _report(_side(old), DiffSide(), facts, listings, comparison, work)
+    return _report(_side(old), DiffSide(), facts, listings, comparison, work, live.classes)
 
 
 def _listing(source: SnapshotSource, roots: set[str] | None = None) -> Listing:
@@ -75,12 +81,19 @@ def _side(source: SnapshotSource) -> DiffSide:
 
 
 def _report(
-    old: DiffSide, new: DiffSide, facts: tuple[FactDiff, ...], listings: tuple[Listing, Listing], comparison: Comparison, work: _Reading
+    old: DiffSide,
+    new: DiffSide,
+    facts: tuple[FactDiff, ...],
+    listings: tuple[Listing, Listing],
+    comparison: Comparison,
+    work: _Reading,
+    classes: Mapping[str, str],
 ) -> SnapshotDiff:
     with collector.paused():
         twins = find_twins(comparison, *listings)
         changes = {change.path: change for change in comparison.changed}
-    return SnapshotDiff(old, new, facts, work.has_statistics, listings, comparison, twins, work.found, changes)
+    generators = frozenset(paths.quote(key) for key, name in classes.items() if name == _GENERATORS)
+    return SnapshotDiff(old, new, facts, work.has_statistics, listings, comparison, twins, work.found, changes, generators)
 
 
 class _Reading:

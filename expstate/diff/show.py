@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from expstate.diff.stats import Statistics
 
 _LONGEST = 80
+_MOST_BYTES = 32
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -30,13 +31,17 @@ class Unreadable(msgspec.Struct, frozen=True):
 
 
 class _Short(reprlib.Repr):
-    """Long and deep values cut short, dicts in their own order."""
+    """Long and deep values cut short, dicts in their own order; of long bytes nobody reads any."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel = 4
         self.maxstring = self.maxother = self.maxlong = _LONGEST
         self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = self.maxdict = 8
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        del level
+        return repr(value) if len(value) <= _MOST_BYTES else f"<{len(value):,} bytes>"
 
 
 _short = _Short()

@@ -23,13 +23,15 @@ def as_text(diff: SnapshotDiff) -> str:
     """What ``SnapshotDiff.summary`` documents."""
     changed = diff.entries("changed")
     measured = sorted((row for row in changed if row.statistics is not None), key=show.by_change)
-    others = [row for row in changed if row.statistics is None]
+    drawn = set(diff.drawn)
+    others = [row for row in changed if row.statistics is None and row.entry not in drawn]
     few = _MOST_ENTRIES if diff.top is None else diff.top
     lines = [heading(diff)]
     lines += _listed("values", [str(row) for row in others if row.kind == "value"], _MOST_VALUES if diff.top is None else diff.top)
     lines += _listed("most changed", [f"{paths.printable(row.entry)} ({show.row_text(row)})" for row in measured], few)
     lines += _listed("tensors", [str(row) for row in others if row.is_tensor], few)
     lines += _listed("others", [str(row) for row in others if not row.is_tensor and row.kind != "value"], few)
+    lines += _listed("random numbers were drawn", [paths.printable(path) for path in diff.drawn], few)
     lines += _listed("renamed", [f"{paths.printable(old)} -> {paths.printable(new)}" for old, new in diff.renamed], few)
     lines += _listed("added", [_with_twin(row) for row in diff.entries("added") if row.renamed_from is None], few)
     lines += _listed("removed", [_with_twin(row) for row in diff.entries("removed") if row.renamed_to is None], few)

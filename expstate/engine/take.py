@@ -141,6 +141,16 @@ class Take:
         self.done_bytes = 0
         self.needing_trust: list[tuple[str, str]] = []
 
+    @property
+    def name(self) -> str | None:
+        """What people call it, if anything."""
+        return self._request.metadata.name
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the app state, once they are gathered."""
+        return tuple(record.key for record in self._keys)
+
     # What to write
 
     def gather(self) -> None:

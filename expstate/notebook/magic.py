@@ -79,7 +79,7 @@ class SnapshotMagics(Magics):
             message = explain(error, verb)
             if message is None:
                 raise
-            raise UsageError(message) from error
+            raise UsageError(message.replace("`expstate ", f"`{PROGRAM} ")) from error
 
     def _run(self, verb: Verb, arguments: argparse.Namespace, cell: str | None) -> Any:
         if cell is not None:

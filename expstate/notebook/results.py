@@ -135,7 +135,7 @@ class LiveStatus(_Text):
             lines.append(f"last take {title} of {', '.join(self.names)}; {what}")
             if "rng_state" in self.changed:
                 lines.append("random numbers were drawn since")
-        lines += [f"going on: {pending!r}" for pending in self.pending]
+        lines += [str(pending) for pending in self.pending]
         lines += [f"failed: {printable(failure)}" for failure in self.failures]
         if self.can_undo or self.can_redo:
             lines.append(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from expstate import Snapshot, StateDict
+from expstate import RNGState, Snapshot, StateDict
 from expstate.diff.report import SnapshotDiff
 from expstate.errors import EntryNotFoundError, ExpstateError, InvalidArgumentError, SnapshotCorruptError, SnapshotReplacedError
 from expstate.format.manifest import Metadata
@@ -144,6 +144,26 @@ def test_plain_data_of_values_that_json_has_not(take: Take) -> None:
 
 
 # Texts
+
+
+def test_random_generators_are_told_apart(take: Take, tmp_path: Path) -> None:
+    """Under whatever key, of snapshots and of live state; who has drawn nothing is not told of it."""
+    state = {"progress": StateDict(epoch=1), "the rng": RNGState()}
+    old = Snapshot.take(tmp_path / "old", state)
+    assert () == old.diff(state).drawn
+    torch.rand(1)
+    state["progress"]["epoch"] = 2
+    new = Snapshot.take(tmp_path / "new", state)
+
+    for diff in (old.diff(new), old.diff(state)):
+        assert ("the rng/torch",) == diff.drawn
+        assert {"progress/epoch", "the rng/torch"} == set(diff.changed)
+        lines = diff.summary().split("\n")
+        assert ["  values: progress/epoch: 1 -> 2", "  random numbers were drawn: the rng/torch"] == lines[1:]
+        html = diff._repr_html_()
+        assert "<div>random numbers were drawn: the rng/torch</div>" in html
+        assert "bytes" not in html
+    assert () == take(rng={"torch": 1}).diff(take(rng={"torch": 2})).drawn
 
 
 def test_as_many_entries_are_listed_as_are_asked_for(take: Take) -> None:

@@ -265,7 +265,7 @@ class Kernel:
         elif kind in {"display_data", "execute_result"}:
             cell.outputs.append({"output_type": kind, "data": content["data"], "transient": content.get("transient", {})})
         elif kind == "update_display_data":
-            for output in cell.outputs:
+            for output in (output for any_cell in self._cells.values() for output in any_cell.outputs):
                 if output.get("transient", {}).get("display_id") == content["transient"]["display_id"]:
                     output["data"] = content["data"]
         elif kind == "clear_output":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_every_verb_has_help(notebook: Kernel) -> None:
         ("nonsense", "invalid choice"),
         ("help nonsense", "there is no verb 'nonsense'"),
         ("restore", "REF"),
-        ("restore nosuch", "no snapshot goes by 'nosuch'"),
+        ("restore nosuch", "`%snapshot list` shows those that are there"),
         ("take modle", "'modle' stands for nothing"),
         ("take 1x", "no Python name"),
         ("take model --metric nosuch", "NameError"),
@@ -203,6 +204,14 @@ def test_nobody_at_the_kernel_means_that_the_last_take_is_committed(notebook: Ke
 
     assert "Snapshot" == notebook.value("type(p).__name__")
     assert (notebook.folder / "run" / "snapshot.json").exists()
+
+
+def test_the_line_of_a_take_tells_what_became_of_it(notebook: Kernel) -> None:
+    """In the cell that took, though that has ended long since."""
+    cell = notebook.do("%snapshot take model losses --name first")
+    assert re.match(r"(taking|took) first \([0-9a-f]{8}\) of model, losses, rng_state: ", cell.text)
+    notebook.do("%snapshot wait")
+    notebook.until(lambda: cell.text.startswith("took first ("))
 
 
 def test_a_take_that_fails_is_told_after_the_next_cell(notebook: Kernel) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -159,9 +160,20 @@ def test_nothing_is_visible_before_the_commit(gate: _Gate, place: Path) -> None:
 
     assert not taken.done()
     assert "0 of 4,194,304 bytes written" in repr(taken)
+    assert f"taking {taken.id[:8]} of state: 0 B of 4 MiB written" == str(taken)
     gate.open.set()
     assert taken.wait().id == Snapshot(place).id
     assert "committed" in repr(taken)
+    assert re.fullmatch(rf"took {taken.id[:8]} of state: 4 MiB in [0-9.e-]+ s", str(taken))
+
+
+def test_a_line_for_people_names_what_is_taken(place: Path) -> None:
+    """Of many keys the first; what might act on a terminal is shown as what it is."""
+    taken = Snapshot.async_take(place, {f"key {number}\x1b": StateDict() for number in range(20)}, name="first")
+    taken.wait()
+
+    keys = ", ".join(f"key {number}%1B" for number in range(12))
+    assert str(taken).startswith(f"took first ({taken.id[:8]}) of {keys}, 8 more: 0 B in ")
 
 
 def test_progress_counts_bytes(place: Path) -> None:
@@ -244,6 +256,7 @@ def test_a_cancelled_take_leaves_nothing(gate: _Gate, place: Path) -> None:
     threading.Timer(0.1, gate.open.set).start()
 
     assert taken.cancel()
+    assert f"cancelled the take {taken.id[:8]} of state; nothing of it remains" == str(taken)
     assert not place.exists()
     with pytest.raises(TakeCancelledError, match="was cancelled, and nothing of it remains"):
         taken.wait()
@@ -294,6 +307,7 @@ def test_a_failure_in_the_background_is_raised_and_logged(
     assert isinstance(error, StorageError)
     assert [f"the take to {faulty.url!r} failed: StorageError: the disk is broken"] == [record.getMessage() for record in caplog.records]
     assert "failed: StorageError: the disk is broken" in repr(taken)
+    assert f"FAILED: the take {taken.id[:8]} of state: StorageError: the disk is broken" == str(taken)
     assert not taken.cancel()
     assert not place.exists()
 

@@ -32,6 +32,8 @@ def as_json(diff: SnapshotDiff) -> dict[str, Any]:
     rows = [*changed, *(row for change in ("added", "removed") for row in diff.entries(change) if row.renamed_to is None)]
     if diff.has_statistics:
         rows.sort(key=show.by_change)
+    drawn = set(diff.drawn)
+    rows.sort(key=lambda row: row.entry in drawn)
     nbytes = sum(row.nbytes for row in changed if row.is_tensor and row.old is not None and row.old.shape == row.shape)
     lines = heatmap.lines(list(diff)) if rows else []
     return {
@@ -44,7 +46,14 @@ def as_json(diff: SnapshotDiff) -> dict[str, Any]:
         "heads": _heads(lines),
         "lines": [_line(line) for line in lines],
         "legend": [list(pair) for pair in heatmap.legend(lines)],
-        "entries": [[texts.clean(row.entry, 1000), row.change, texts.clean(show.row_text(row), 400)] for row in rows[:_MOST_ENTRIES]],
+        "entries": [
+            [
+                texts.clean(row.entry, 1000),
+                row.change,
+                "random numbers were drawn" if row.entry in drawn else texts.clean(show.row_text(row), 400),
+            ]
+            for row in rows[:_MOST_ENTRIES]
+        ],
         "more_entries": max(0, len(rows) - _MOST_ENTRIES),
         "facts": [
             [
