@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 from expstate.catalog.catalog import Catalog
 from expstate.errors import (
     CatalogUnavailableError,
-    ExpstateError,
     InvalidArgumentError,
     NameNotFoundError,
     NotInNotebookError,
 )
-from expstate.format.names import check_label
 from expstate.notebook import names
 from expstate.notebook.place import Place
 from expstate.notebook.restoring import Restorer
 from expstate.notebook.results import LiveStatus
+from expstate.notebook.taking import Taker
 from expstate.notebook.turns import Turn, Turns
 from expstate.notebook.watch import Watcher
 from expstate.snapshot import Snapshot
@@ -62,11 +61,7 @@ class Kernel:
         self.turns = Turns(shell)
         self.registry = names.Registry()
         self._catalog: Catalog | None = None
-        self._last_names: tuple[str, ...] = ()
-        self._last: PendingSnapshot | Snapshot | None = None
-        self._pending: list[PendingSnapshot] = []
-        self._promised: dict[str, threading.Event] = {}
-        self._failures: list[str] = []
+        self.taker = Taker(self)
         self.restorer = Restorer(self)
         self.watcher = Watcher(self)
         self._listeners: list[Callable[[], None]] = []
@@ -109,21 +104,6 @@ class Kernel:
         kernel = getattr(self.shell, "kernel", None)
         return kernel is None or bool(getattr(kernel, "_allow_stdin", True))
 
-    @property
-    def pending(self) -> tuple[PendingSnapshot, ...]:
-        """Takes of this kernel that go on."""
-        return tuple(pending for pending in self._pending if not pending.done())
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """What went wrong in the background, and was not told yet."""
-        return tuple(self._failures)
-
-    def take_failures(self) -> tuple[str, ...]:
-        """The same, which counts as told then."""
-        found, self._failures = tuple(self._failures), []
-        return found
-
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call a function, from any thread, whenever snapshots or live state were changed from here; gives what ends that."""
         self._listeners.append(callback)
@@ -150,7 +130,7 @@ class Kernel:
         """
         if given:
             return tuple(dict.fromkeys(map(names.check_name, given)))
-        found = self._last_names or self.registry.names
+        found = self.taker.names or self.registry.names
         if not found:
             near = ", ".join(names.candidates(self.namespace, self.hidden)[:10]) or "nothing with a state yet"
             msg = f"say what to take: the names of objects, such as `%snapshot take model optimizer` (here are: {near})"
@@ -198,91 +178,23 @@ class Kernel:
 
     # Taking
 
-    def take(
-        self,
-        given: Sequence[str] = (),
-        *,
-        note: str | None = None,
-        tags: Sequence[str] = (),
-        metrics: Mapping[str, Any] | None = None,
-        params: Mapping[str, Any] | None = None,
-        step: int | None = None,
-        name: str | None = None,
-        alias: str | None = None,
-        to: str | None = None,
-        wait: bool | None = None,
-    ) -> PendingSnapshot | Snapshot:
-        """Take what names stand for, and the random generators.
-
-        Parameters
-        ----------
-        given : sequence of str
-            Names and dotted paths; none means those of the last take here.
-        alias : str, optional
-            Given to the snapshot when it is committed.
-        to : str, optional
-            Path or URL of the snapshot; default a new folder in the kernel's place.
-        wait : bool, optional
-            Whether to wait for the commit; default only where no person drives the kernel.
-
-        Returns
-        -------
-        PendingSnapshot or Snapshot
-            The latter if it was waited for.
-        """
-        chosen = self.names_of(given)
-        if alias is not None:
-            check_label(alias, "alias")
-            self.catalog  # noqa: B018 - an alias lives in a catalog: that there is one is better known before
-        path = to if to is not None else self.place.new()
-        with self.lock:
-            pending = Snapshot.async_take(
-                path,
-                self.app_state(chosen),
-                storage_options=self.place.options or None if to is None else None,
-                note=note,
-                tags=tags,
-                metrics=metrics,
-                params=params,
-                step=step,
-                name=name,
-            )
-        self._last_names, self._last = chosen, pending
-        self._pending = [*self.pending, pending]
-        given_to_it = threading.Event()
-        if alias is not None:
-            self._promised[alias] = given_to_it
-        pending.add_done_callback(lambda ended: self._ended(ended, alias, given_to_it))
-        self.changed()
-        if not (self.is_driven is False if wait is None else wait):
-            return pending
-        try:
-            snapshot = pending.wait()
-            given_to_it.wait()  # the kernel may be ended right after
-        except KeyboardInterrupt:
-            pending.cancel()
-            raise
-        self._last = snapshot
-        return snapshot
-
-    def _ended(self, pending: PendingSnapshot, alias: str | None, given_to_it: threading.Event) -> None:
-        """What there is to do when a take has ended, in its own thread."""
-        error = pending._error  # noqa: SLF001 - ``exception`` would count it as told
-        try:
-            if error is not None:
-                self._failures.append(f"the take to {pending.path!r} failed: {error}")
-            elif alias is not None:
-                self.catalog.alias(pending.id, alias)
-        except ExpstateError as failure:
-            self._failures.append(f"the alias {alias!r} was not given to {pending.id[:8]}: {failure}")
-        finally:
-            given_to_it.set()
-        self.changed()
+    def take(self, given: Sequence[str] = (), **options: Any) -> PendingSnapshot | Snapshot:
+        """Take what names stand for; as ``Taker.take`` documents it."""
+        return self.taker.take(given, **options)
 
     @property
-    def last(self) -> Snapshot | PendingSnapshot | None:
-        """The last take of this kernel."""
-        return self._last
+    def pending(self) -> tuple[PendingSnapshot, ...]:
+        """Takes of this kernel that go on."""
+        return self.taker.pending
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What went wrong in the background, and was not told yet."""
+        return self.taker.failures
+
+    def take_failures(self) -> tuple[str, ...]:
+        """The same, which counts as told then."""
+        return self.taker.take_failures()
 
     def wait(self) -> tuple[Snapshot, ...]:
         """Wait for all takes that go on; raises what went wrong with the first that failed."""
@@ -294,8 +206,7 @@ class Kernel:
         """The snapshot that a ref names; a take that goes on is waited for."""
         if isinstance(ref, Snapshot):
             return ref
-        if ref in self._promised:
-            self._promised[ref].wait()  # a take that goes on will have this alias
+        self.taker.wait_for_alias(ref)
         try:
             return Snapshot.find(ref, catalog=self.catalog)
         except CatalogUnavailableError:
@@ -370,16 +281,15 @@ class Kernel:
 
     def status(self) -> LiveStatus:
         """What has changed in live state since the last take here, and what goes on."""
-        last = self._last
-        base = None if last is None else last if isinstance(last, Snapshot) else _committed(last)
+        taken, base = self.taker.last()
         diff = None
         if base is not None:
-            here = tuple(name for name in self._last_names if self.look_up(name) is not names.MISSING)
+            here = tuple(name for name in taken if self.look_up(name) is not names.MISSING)
             with self.lock:
                 diff = base.diff(self.app_state(here), progress=False)
         return LiveStatus(
             base=base,
-            names=self._last_names,
+            names=taken,
             diff=diff,
             pending=self.pending,
             failures=self.failures,
@@ -388,10 +298,6 @@ class Kernel:
             root=self.place.root,
             watched=self.watcher.text,
         )
-
-
-def _committed(pending: PendingSnapshot) -> Snapshot | None:
-    return pending.wait() if pending.exception() is None else None
 
 
 _kernel: Kernel | None = None

@@ -341,7 +341,7 @@ def test_takes_of_others_are_noticed(lab: Lab, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_failed_take_is_told(lab: Lab):
-    lab.kernel._failures.append(f"the take failed: {HOSTILE}\u202e")
+    lab.kernel.taker._failures.append(f"the take failed: {HOSTILE}\u202e")
     lab.kernel.changed()
     assert "\u202e" not in lab.page.until(lambda message: message.get("event") == "changed")["failures"][0]
 

@@ -182,6 +182,28 @@ def test_a_guarded_cell_that_is_interrupted_leaves_everything_as_it_was(notebook
     assert (before, [1.0], 0.1) == (notebook.value(WEIGHTS), notebook.value("losses"), notebook.value("lr"))
 
 
+@pytest.mark.parametrize("form", ["%snapshot take big --wait", "%%snapshot take big --wait\nlr = 1"])
+def test_a_take_that_is_interrupted_leaves_nothing(notebook: Kernel, form: str) -> None:
+    notebook.do(
+        "import time, pathlib\npathlib.Path('moving').unlink(missing_ok=True)\n"
+        "from expstate.engine.take import Take\nmoved = Take._written\n"
+        "def slowly(self, *given):\n    pathlib.Path('moving').touch()\n    time.sleep(0.1)\n    return moved(self, *given)\n"
+        "big, Take._written = torch.zeros(80_000_000), slowly"
+    )
+    before = sorted(notebook.folder.glob("expstate-snapshots/*"))
+    started = notebook.start(form)
+    notebook.until((notebook.folder / "moving").exists)
+    notebook.interrupt()
+    cell = notebook.wait(started)
+    after = notebook.do("Take._written = moved")
+
+    assert cell.error is not None
+    assert "KeyboardInterrupt" == cell.error.name
+    assert before == sorted(path for path in notebook.folder.glob("expstate-snapshots/*") if path.name != ".gitignore" or path in before)
+    assert "failed" not in after.text
+    assert "all is well" in notebook.do("%snapshot check").html
+
+
 def test_await_in_a_cell_is_refused_before_anything_runs(notebook: Kernel) -> None:
     cell = notebook.run("%%snapshot take model\nlr = 5\nimport asyncio\nawait asyncio.sleep(0)")
 
