@@ -172,14 +172,20 @@ def test_a_take_that_fails_in_the_background_is_told_once(monkeypatch: pytest.Mo
         raise StorageError(msg)
 
     kernel = make()
+    good = kernel.take(["model"], wait=True)
     with monkeypatch.context() as patch:
         patch.setattr(Take, "commit", fail)
-        begun = kernel.take(["model"])
+        begun = kernel.take(["model", "losses"])
         assert isinstance(begun, PendingSnapshot)
         assert isinstance(begun.exception(), StorageError)
         begun._thread.join()
+        with pytest.raises(StorageError):
+            kernel.take(["model"], wait=True)  # told where it was waited for, and not again
 
-    assert "the disk is gone" in str(kernel.status())
+    status = kernel.status()
+    assert "the disk is gone" in str(status)
+    assert status.base is not None
+    assert (good.id, ("model",), ()) == (status.base.id, status.names, status.changed)
     (told,) = kernel.take_failures()
     assert "the disk is gone" in told
     assert () == kernel.take_failures()
