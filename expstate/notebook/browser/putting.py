@@ -102,11 +102,11 @@ def preview(job: Job, kernel: Kernel, snapshot: Snapshot, choice: Choice) -> dic
 
 
 def restore(job: Job, kernel: Kernel, snapshot: Snapshot, choice: Choice, *, undo: bool) -> dict[str, Any]:
-    """Put it back. Everything is read and verified before a live byte changes, so that Cancel leaves all as it was."""
+    """Put it back. Cancel leaves all as it was: by what an undo keeps, else because all is read and verified before a live byte changes."""
     try:
         found = job.between_cells(
             kernel.between_cells,
-            lambda: kernel.restore(snapshot, choice.names, **choice.options, atomic=True, undo=undo, progress=job.progress),
+            lambda: kernel.restore(snapshot, choice.names, **choice.options, atomic=not undo, undo=undo, progress=job.progress),
         )
     except NoUndoRoomError as error:
         return {"no_room": texts.clean(str(error), 400)}
