@@ -27,6 +27,7 @@ from expstate.pending import PendingSnapshot
 from expstate.progress import ProgressUpdate
 from expstate.snapshot import Snapshot, SnapshotMetadata
 from expstate.state.stateful import RNGState, StateDict, Stateful
+from expstate.storage.options import configure
 
 __all__ = [
     "Catalog",
@@ -46,6 +47,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "browse",
+    "configure",
     "errors",
     "gc",
     "lock",

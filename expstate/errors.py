@@ -164,6 +164,10 @@ class NoSpaceError(StorageError):
     """The storage is full (bytes, inodes or quota). Nothing of this take remains; free room and take again."""
 
 
+class CommitUnknownError(StorageError):
+    """The reply to a write was lost and the storage cannot be asked what became of it. ``Snapshot(path).verify()`` tells, once it can."""
+
+
 class SnapshotWriteError(StorageError):
     """What was written is not what the storage holds, or the attempt's lease is gone. Nothing was committed; take again."""
 
@@ -284,6 +288,10 @@ class TakeFailedWarning(ExpstateWarning):
 
 class CatalogWarning(ExpstateWarning):
     """A take was not entered into the catalog, or a catalog is in a place that does not suit it; the snapshot itself is safe."""
+
+
+class WeakStorageWarning(ExpstateWarning):
+    """A storage cannot keep a promise that others keep. The message says which, and what to do."""
 
 
 class ProvenanceWarning(ExpstateWarning):

@@ -22,6 +22,7 @@ MIB = 1024**2
 GIB = 1024**3
 
 PROVENANCE_LEVELS = ("full", "minimal", "off")
+TRANSPORTS = ("", "obstore", "fsspec")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,12 @@ class Settings:
         Threads that move pieces; 0 means twice the cores, at least 4, at most 16.
     data_file_bytes : int, default 16 GiB
         Size at which a new data file is begun on disk.
+    object_file_bytes : int, default 16 MiB
+        Size at which a new data file is begun in an object store; each moves by a request of its own.
+    retry_seconds : float, default 60
+        How long a request to an object store that fails is tried again.
+    transport : str, default ""
+        How ``s3://`` and ``gs://`` are reached: ``obstore`` or ``fsspec`` (s3fs, gcsfs); empty means obstore where it is installed and can.
     direct_io : bool, default True
         Go past the page cache where the file system can.
     staging_idle_seconds : float, default 60
@@ -75,6 +82,9 @@ class Settings:
     memory_budget_bytes: int = 0
     io_threads: int = 0
     data_file_bytes: int = 16 * GIB
+    object_file_bytes: int = 16 * MIB
+    retry_seconds: float = 60.0
+    transport: str = ""
     direct_io: bool = True
     staging_idle_seconds: float = 60.0
     progress: bool | None = None
@@ -95,8 +105,12 @@ class Settings:
             if isinstance(value, (int, float)) and not value >= 0:  # NaN is not
                 msg = f"setting {field.name} must be a number that is not negative, got {value}"
                 raise InvalidSettingError(msg)
-        if self.data_file_bytes < MIB:
-            msg = f"setting data_file_bytes must be at least 1 MiB, got {self.data_file_bytes}"
+        for name in ("data_file_bytes", "object_file_bytes"):
+            if getattr(self, name) < MIB:
+                msg = f"setting {name} must be at least 1 MiB, got {getattr(self, name)}"
+                raise InvalidSettingError(msg)
+        if self.transport not in TRANSPORTS:
+            msg = f"setting transport must be one of {', '.join(filter(None, TRANSPORTS))}, or empty, got {self.transport!r}"
             raise InvalidSettingError(msg)
         if self.project == "*":
             msg = "setting project must name one project, got '*', which stands for all of them"

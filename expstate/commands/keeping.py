@@ -17,6 +17,7 @@ from expstate.engine import collect
 from expstate.engine.report import bytes_text, counted
 from expstate.errors import ExpstateError, InvalidArgumentError, SnapshotCorruptError, SnapshotNotFoundError
 from expstate.storage import registry
+from expstate.storage.local import LocalStorage
 
 if TYPE_CHECKING:
     import argparse
@@ -177,13 +178,11 @@ def _left_alone(removal: Removal, arguments: argparse.Namespace) -> int:
 def _gc(session: Session, arguments: argparse.Namespace) -> Removal:
     if arguments.paths:
         for path in arguments.paths:
-            if not os.path.isdir(registry.open_storage(path).url):  # noqa: PTH112 - as the storage has it
+            storage = registry.open_storage(path)
+            if isinstance(storage, LocalStorage) and not os.path.isdir(storage.path):  # noqa: PTH112 - as the storage has it
                 msg = f"there is no folder {path!r} to look below"
                 raise SnapshotNotFoundError(msg)
-        reports = [collect.gc(path, dry_run=not arguments.yes) for path in arguments.paths]
-        report = collect.GcReport(
-            *(tuple(item for one in reports for item in getattr(one, name)) for name in ("removed", "alive", "damaged"))
-        )
+        report = collect.joined([collect.gc(path, dry_run=not arguments.yes) for path in arguments.paths])
     else:
         report = session.catalog.gc(dry_run=not arguments.yes, project=session.project)
     return Removal(report, done=arguments.yes, command=None if arguments.yes else _again("gc", arguments, session))

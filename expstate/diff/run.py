@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from expstate import collector, settings
+from expstate import collector
 from expstate.diff.compare import Change, Comparison, Listing, compare, find_twins
 from expstate.diff.facts import FactDiff, compare_classes, compare_facts
 from expstate.diff.live import LiveState
 from expstate.diff.report import DiffSide, SnapshotDiff
 from expstate.diff.stats import Statistics, Sums, torch_dtype
 from expstate.diff.stream import Pair, PairReader
+from expstate.engine import memory
 from expstate.format.manifest import TensorEntry
 from expstate.progress import Progress, ProgressOption
 from expstate.state import paths
@@ -171,7 +172,8 @@ class _Reading:
                 new = stack.enter_context(new.opened(new.files_of(pair.new for pair in pairs)))
             bar = Progress("diff", sum(pair.nbytes for pair in pairs), self._options.progress)
             try:
-                PairReader(old, new, pairs, self._options.budget, settings.current().thread_count, bar).run()
+                threads, budget = memory.means(self._old.storage, self._options.budget)
+                PairReader(old, new, pairs, budget, threads, bar).run()
             finally:
                 bar.close()
 

@@ -214,9 +214,10 @@ class Attempt:
             self._storage.flush()
         except FileNotFoundError:
             raise self._lost_lease() from None
+        there = self._storage.sizes(tuple(sizes))
         for name, size in sizes.items():
             try:
-                found = self._storage.stat(name).size
+                found = there[name] if name in there else self._storage.stat(name).size
             except FileNotFoundError:
                 found = -1
             if found != size:

@@ -6,6 +6,7 @@ names, and that no manifest there needs. Where a manifest is damaged, nothing is
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from expstate.storage import registry
 from expstate.storage.local import LocalStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from expstate.storage.base import FileInfo, Storage
 
@@ -60,16 +61,29 @@ class GcReport:
         Leases of attempts that may still be at work.
     damaged : tuple of str
         Folders left alone because their manifest cannot be read.
+    uploads : int
+        Uploads to an object store that were not ended, whose parts were thrown away.
     """
 
     removed: tuple[Leftover, ...]
     alive: tuple[str, ...]
     damaged: tuple[str, ...]
+    uploads: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes in what was removed."""
         return sum(leftover.nbytes for leftover in self.removed)
+
+
+def joined(reports: Sequence[GcReport]) -> GcReport:
+    """Several reports as one."""
+    return GcReport(
+        tuple(leftover for report in reports for leftover in report.removed),
+        tuple(lease for report in reports for lease in report.alive),
+        tuple(folder for report in reports for folder in report.damaged),
+        sum(report.uploads for report in reports),
+    )
 
 
 def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
@@ -189,4 +203,8 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False) -> GcReport:
     ...     gc(folder).removed
     ()
     """
-    return collect(local_folders(registry.open_storage(path).url), dry_run=dry_run)
+    storage = registry.open_storage(path)
+    if isinstance(storage, LocalStorage):
+        return collect(local_folders(storage.url), dry_run=dry_run)
+    found = collect(storage.walk(), dry_run=dry_run)
+    return found if dry_run else dataclasses.replace(found, uploads=storage.end_uploads(storage.clock() - LEASE_SECONDS))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from expstate import settings
 from expstate.engine import annotate, crew, memory
 from expstate.engine.attempt import Attempt
 from expstate.engine.digest import block_digests
 from expstate.engine.verify import check_headers
-from expstate.engine.windows import WriteWindow, write_windows
+from expstate.engine.windows import Fragment, WriteWindow, write_windows
 from expstate.errors import SnapshotCorruptError, SnapshotExistsError, SnapshotWriteError, UnsupportedFormatError
 from expstate.format import annotations as added
 from expstate.format import manifest as manifests
@@ -32,14 +32,28 @@ _FILLING = -1
 """``PlacedBox.source`` of headers, digests and bytes between boxes, which were checked before."""
 
 
+class _File:
+    """A data file while it is copied: opened by its first window, made durable by its last."""
+
+    def __init__(self, file: DataFile, reader: FileReader, windows: int) -> None:
+        self.file = file
+        self.reader = reader
+        self.left = windows
+        self.lock = threading.Lock()
+        self.writer: FileWriter | None = None
+
+
 class _Copy:
-    def __init__(self, target: Storage, staging: memory.Staging, attempt: Attempt, progress: Progress) -> None:
+    def __init__(self, source: Storage, target: Storage, budget: int, attempt: Attempt, progress: Progress) -> None:
+        self._source = source
         self._target = target
-        self._staging = staging
+        # What both hold of a window besides, they have from the same budget.
+        (read_threads, _), (write_threads, write_budget) = (memory.means(storage, budget) for storage in (source, target))
+        self._staging = memory.Staging(write_budget // (1 + source.copies), min(read_threads, write_threads))
+        self._threads = min(read_threads, write_threads, self._staging.count)
         self._attempt = attempt
         self._progress = progress
         self._stop = crew.Stop()
-        self._threads = min(settings.current().thread_count, staging.count)
         self.created: list[str] = []
 
     def _create(self, file: DataFile) -> FileWriter:
@@ -48,43 +62,101 @@ class _Copy:
         try:
             return self._target.create_file(file.name, file.size)
         except FileExistsError:
-            self.created.remove(file.name)
-            msg = f"a file {file.name!r} is in {self._target.url!r} already, without a snapshot; copy to another path, or remove it"
-            raise SnapshotExistsError(msg) from None
+            raise self._taken(file) from None
         except FileNotFoundError:
             msg = f"the folder {self._target.url!r} is gone: someone removed it while the copy was at work"
             raise SnapshotWriteError(msg) from None
 
-    def copy_file(self, number: int, reader: FileReader, file: DataFile, digests: Sequence[bytes], entry_paths: Sequence[str]) -> None:
-        """Copy one data file and check every block of it."""
-        writer = self._create(file)
+    def _taken(self, file: DataFile) -> SnapshotExistsError:
+        self.created.remove(file.name)
+        msg = f"a file {file.name!r} is in {self._target.url!r} already, without a snapshot; copy to another path, or remove it"
+        return SnapshotExistsError(msg)
 
-        def work(window: WriteWindow) -> None:
+    def run(self, readers: Sequence[FileReader | None], files: Sequence[DataFile], digests: Sequence[bytes], paths: Sequence[str]) -> None:
+        """Copy all data files: by the storage itself where it can, which reads nothing here, else block by checked block."""
+        if self._is_done_there(files):
+            return
+        jobs: list[tuple[_File, WriteWindow]] = []
+        states = []
+        for number, (file, reader) in enumerate(zip(files, readers, strict=True)):
+            assert reader is not None
+            windows = list(write_windows(number, file, self._target.alignment, self._staging.window_bytes))
+            state = _File(file, reader, len(windows))
+            states.append(state)
+            jobs += [(state, window) for window in windows]
+
+        def work(job: tuple[_File, WriteWindow]) -> None:
+            self._copy_window(*job, digests, paths)
+
+        try:
+            crew.run(jobs, work, max(1, min(self._threads, len(jobs))), self._stop)
+        finally:
+            for state in states:
+                if state.writer is not None:
+                    state.writer.abort()
+            self._staging.close()
+
+    def _is_done_there(self, files: Sequence[DataFile]) -> bool:
+        """Have the storage copy all files; False if it cannot."""
+        if not files or not self._is_copied_there(files[0]):
+            return False
+
+        def work(file: DataFile) -> None:
+            if not self._is_copied_there(file):
+                msg = f"{self._target.url!r} copied other files itself, and not {file.name!r}"
+                raise SnapshotWriteError(msg)
+
+        crew.run(files[1:], work, max(1, min(self._threads, len(files) - 1)), self._stop)
+        return True
+
+    def _is_copied_there(self, file: DataFile) -> bool:
+        self.created.append(file.name)
+        if not self._target.copy_file(file.name, self._source, file.name):
+            self.created.remove(file.name)
+            return False
+        self._progress.add(file.size)
+        self._attempt.renew()
+        return True
+
+    def _copy_window(self, state: _File, window: WriteWindow, digests: Sequence[bytes], paths: Sequence[str]) -> None:
+        file, reader = state.file, state.reader
+        with state.lock:
+            if state.writer is None:
+                state.writer = self._create(file)
+            writer = state.writer
+        try:
             with self._staging.lend(self._stop) as buffer:
                 size = window.staged_stop - window.start
                 reader.read_into(window.start, buffer.view[: -(-size // reader.alignment) * reader.alignment])
                 for item in window.fragments:
-                    box = file.boxes[item.box]
-                    at = box.offset + item.start - window.start
-                    first = item.start // BLOCK_BYTES * DIGEST_BYTES
-                    if item.digest and box.source != _FILLING:
-                        found = block_digests(buffer.view[at : at + item.stop - item.start])
-                        if found != digests[box.source][first : first + len(found)]:
-                            where = f"at {box.offset + item.start:,} of file {file.name!r}"
-                            msg = f"entry {entry_paths[box.source]!r} is damaged {where}; verify() names every place, nothing was copied"
-                            raise SnapshotCorruptError(msg)
+                    self._check(file, window, item, buffer, digests, paths)
                 if window.stop > window.start:
                     writer.write(window.start, buffer.view[: window.stop - window.start])
                 self._progress.add(window.stop - window.start)
                 self._attempt.renew()
+            with state.lock:
+                state.left -= 1
+                is_last = state.left == 0
+            if is_last:
+                for start, stop in writer.finish():
+                    self._compare(reader, file.name, start, stop)
+        except FileExistsError:
+            raise self._taken(file) from None
 
-        try:
-            windows = list(write_windows(number, file, self._target.alignment, self._staging.window_bytes))
-            crew.run(windows, work, max(1, min(self._threads, len(windows))), self._stop)
-            for start, stop in writer.finish():
-                self._compare(reader, file.name, start, stop)
-        finally:
-            writer.abort()
+    @staticmethod
+    def _check(
+        file: DataFile, window: WriteWindow, item: Fragment, buffer: memory.Buffer, digests: Sequence[bytes], paths: Sequence[str]
+    ) -> None:
+        box = file.boxes[item.box]
+        if not item.digest or box.source == _FILLING:
+            return
+        at = box.offset + item.start - window.start
+        first = item.start // BLOCK_BYTES * DIGEST_BYTES
+        found = block_digests(buffer.view[at : at + item.stop - item.start])
+        if found != digests[box.source][first : first + len(found)]:
+            where = f"at {box.offset + item.start:,} of file {file.name!r}"
+            msg = f"entry {paths[box.source]!r} is damaged {where}; verify() names every place, nothing was copied"
+            raise SnapshotCorruptError(msg)
 
     def _compare(self, reader: FileReader, name: str, start: int, stop: int) -> None:
         """Read back what the storage may not have written."""
@@ -104,19 +176,14 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, provenance: bo
     if not provenance:
         data = manifests.encode(msgspec.structs.replace(manifest, provenance={}))
     attempt = Attempt(target, manifest.id, "copy")
-    staging = memory.Staging(budget, settings.current().thread_count)
     bar = Progress("copy", sum(record.size for record in manifest.files), progress)
-    work = _Copy(target, staging, attempt, bar)
+    work = _Copy(source.storage, target, budget, attempt, bar)
     try:
         attempt.begin(overwrite=False)
         annotations = _annotations(source.storage, manifest.id)
         with source.opened() as opened:
             check_headers(opened)
-            files, digests, entry_paths = _files(opened)
-            for number, file in enumerate(files):
-                reader = opened.files[number]
-                assert reader is not None
-                work.copy_file(number, reader, file, digests, entry_paths)
+            work.run(opened.files, *_files(opened))
         attempt.commit(data, {record.name: record.size for record in manifest.files})
         annotate.remove_others(target, manifest.id)
         if isinstance(annotations, bytes):
@@ -130,7 +197,6 @@ def copy(source: SnapshotSource, data: bytes, target: Storage, *, provenance: bo
         raise
     finally:
         bar.close()
-        staging.close()
 
 
 def _annotations(storage: Storage, snapshot_id: str) -> Annotations | bytes | None:

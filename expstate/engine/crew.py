@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import queue
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from expstate.storage.objects.retry import GivenUpError, stoppable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -35,7 +38,7 @@ class Stop:
     def set(self, error: BaseException | None = None) -> None:
         """Stop; the first error is kept."""
         with self._lock:
-            if self.error is None and not isinstance(error, StoppedError):
+            if self.error is None and not isinstance(error, (StoppedError, GivenUpError)):
                 self.error = error
         self._event.set()
 
@@ -84,7 +87,11 @@ class Crew(Generic[Job]):
         self._counting = threading.Lock()  # taken by the threads alone, which no interrupt reaches
         self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
         # Not daemons: an interpreter that exits waits until what was promised is written.
-        self._threads = [threading.Thread(target=self._run, name=f"expstate-{index}") for index in range(threads)]
+        # Settings are those in force here.
+        contexts = [contextvars.copy_context() for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=context.run, args=(self._run,), name=f"expstate-{index}") for index, context in enumerate(contexts)
+        ]
 
     def start(self, *, or_work_here: bool = False) -> None:
         """Start the threads; where none can be started any more, because the interpreter ends, the caller's may do the work."""
@@ -100,7 +107,7 @@ class Crew(Generic[Job]):
         with self._counting:
             self._begun += 1
         try:
-            with self._around():
+            with self._around(), stoppable(self._stop.is_set):
                 while not self._stop.is_set():
                     with self._lock:
                         job = next(self._jobs, _END)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expstate import settings
 from expstate.engine import crew, memory
 from expstate.engine.devices import usable_device
 from expstate.engine.read import PieceReader, Read
@@ -55,7 +54,7 @@ def allocate(entry: TensorEntry, device: torch.device, shape: tuple[int, ...] | 
 
 def read_all(source: SnapshotSource, reads: Sequence[Read], budget: int, *, verify: bool) -> None:
     """Do reads outside a restore."""
-    threads = settings.current().thread_count
+    threads, budget = memory.means(source.storage, budget)
     pinned_for = next((read.target.tensor.device.type for read in reads if read.target is not None and not read.target.tensor.is_cpu), None)
     staging = memory.Staging(budget, threads, pinned_for)
     try:

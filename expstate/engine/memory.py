@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from expstate.engine.crew import Stop
+    from expstate.storage.base import Storage
 
 WINDOW_BYTES = 16 * MIB
 SLACK_BYTES = 2 * 4096
@@ -235,6 +236,18 @@ def _forget_pool() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
+
+
+def means(storage: Storage, budget: int) -> tuple[int, int]:
+    """Threads that should work on a storage at once, and the bytes that their buffers may have of a budget.
+
+    What the storage holds of a write or read besides, it has from the same budget.
+    """
+    threads = storage.thread_count or settings.current().thread_count
+    if storage.copies:
+        budget //= 1 + storage.copies
+        threads = max(1, min(threads, budget // WINDOW_BYTES))
+    return threads, budget
 
 
 class Staging:

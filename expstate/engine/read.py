@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from expstate.storage.base import FileReader
 
 _JOIN_GAP_BYTES = 64 * 1024
+_REMOTE_GAP_BYTES = BLOCK_BYTES
 """Unwanted bytes between two reads that are read along with them rather than asked for apart."""
 
 
@@ -129,7 +130,7 @@ def _pieces(read: Read, window_bytes: int) -> Iterable[Read]:
         )
 
 
-def windows(reads: Iterable[Read], window_bytes: int) -> list[list[Read]]:
+def windows(reads: Iterable[Read], window_bytes: int, gap_bytes: int = _JOIN_GAP_BYTES) -> list[list[Read]]:
     """Reads that lie near each other in a file, joined as far as a buffer holds them."""
     cut: list[Read] = []
     for read in reads:
@@ -144,7 +145,7 @@ def windows(reads: Iterable[Read], window_bytes: int) -> list[list[Read]]:
     for piece in cut:
         offset = piece.offset
         stop = offset + piece.nbytes
-        if piece.file == file and offset - end <= _JOIN_GAP_BYTES and stop - start <= window_bytes:
+        if piece.file == file and offset - end <= gap_bytes and stop - start <= window_bytes:
             window.append(piece)
             end = stop if stop > end else end  # noqa: FURB136 - runs once for each of many tensors
         else:
@@ -205,7 +206,8 @@ class PieceReader:
         """Do all reads; returns when the values are in place, or on an accelerator when what is queued next will see them."""
         self._streams = SideStreams(read.target.tensor.device for read in reads if read.target is not None and read.target.address is None)
         with collector.paused():
-            jobs = windows(reads, self._staging.window_bytes)
+            is_remote = any(file is not None and file.is_remote for file in self._files)
+            jobs = windows(reads, self._staging.window_bytes, _REMOTE_GAP_BYTES if is_remote else _JOIN_GAP_BYTES)
         self._left = {id(job): job for job in jobs}
         try:
             threads = max(1, min(self._threads, self._staging.count, len(jobs)))
@@ -230,7 +232,7 @@ class PieceReader:
             del self._left[id(window)]
 
     def _read_in_place(self, read: Read, file: FileReader) -> bool:
-        """Read block by block into the target's own memory, and digest each while it is in the cache."""
+        """Read into the target's own memory: block by block, each digested while it is in the cache, or by one request."""
         target = read.target
         if target is None or target.address is None or (read.first, read.last) != (0, read.nbytes):
             return False
@@ -239,12 +241,14 @@ class PieceReader:
         if not in_step and not file.is_cached(read.offset, read.nbytes):
             return False
         whole = tensors.memory(address, read.nbytes)
-        if not self._verify:
+        if file.is_remote or not self._verify:
             file.read_into(read.offset, whole)
+        if not self._verify:
             return True
         for start in range(0, read.nbytes, BLOCK_BYTES):
             view = whole[start : start + BLOCK_BYTES]
-            file.read_into(read.offset + start, view)
+            if not file.is_remote:
+                file.read_into(read.offset + start, view)
             self._check(read, start, view, file)
         return True
 

@@ -177,9 +177,9 @@ class _Restore:
                 placement.value, placement.tensor = made[sharing]
 
     def _read(self, reads: list[Read], *, held: int = 0) -> None:
-        threads = settings.current().thread_count
+        threads, budget = memory.means(self._source.storage, max(self._budget - held, 2 * settings.MIB))
         devices = {read.target.tensor.device.type for read in reads if read.target is not None} - {"cpu"}
-        staging = memory.Staging(max(self._budget - held, 2 * settings.MIB), threads, next(iter(devices), None))
+        staging = memory.Staging(budget, threads, next(iter(devices), None))
         progress = Progress("restore", sum(read.nbytes for read in reads), self._progress_option)
         try:
             self._reader = PieceReader(self._source.files, staging, threads, progress, crew.Stop(), verify=self._verify)

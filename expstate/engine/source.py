@@ -20,7 +20,7 @@ from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, AliasEntry, Box,
 from expstate.state import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -73,10 +73,12 @@ class SnapshotSource:
         """
         session = copy.copy(self)
         session.files = [None] * len(self.manifest.files)
+        wanted = range(len(session.files)) if numbers is None else sorted(numbers)
+        sizes = self.storage.sizes([self.manifest.files[number].name for number in wanted])
         with contextlib.ExitStack() as stack:
-            for number in range(len(session.files)) if numbers is None else sorted(numbers):
+            for number in wanted:
                 try:
-                    problem = session._open(number, stack)  # noqa: SLF001 - another of this class
+                    problem = session._open(number, stack, sizes)  # noqa: SLF001 - another of this class
                 except (UnsafeFileError, StorageError) as error:
                     if on_damage is None:
                         raise
@@ -88,10 +90,10 @@ class SnapshotSource:
                     on_damage(problem)
             yield session
 
-    def _open(self, number: int, stack: contextlib.ExitStack) -> Damage | None:
+    def _open(self, number: int, stack: contextlib.ExitStack, sizes: Mapping[str, int]) -> Damage | None:
         record = self.manifest.files[number]
         try:
-            file = stack.enter_context(self.storage.open_file(record.name))
+            file = stack.enter_context(self.storage.open_file(record.name, size=sizes.get(record.name)))
         except FileNotFoundError:
             if read_committed(self.storage) != self._data:
                 msg = f"the snapshot at {self.storage.url!r} was replaced or deleted meanwhile; open it anew"

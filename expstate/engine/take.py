@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expstate import collector, settings
+from expstate import collector
 from expstate._version import __version__
 from expstate.engine import ancestry, crew, memory
 from expstate.engine.attempt import Attempt
@@ -213,10 +213,10 @@ class Take:
     # Moving
 
     def _writer(self, files: Sequence[DataFile], sources: Sequence[torch.Tensor], addresses: Sequence[int | None]) -> FilesWriter:
-        threads = settings.current().thread_count
+        threads, budget = memory.means(self._storage, self._request.memory_budget_bytes)
         if self._staging is None:
             pinned_for = next((tensor.device.type for tensor in sources if not tensor.is_cpu), None)
-            self._staging = memory.Staging(self._request.memory_budget_bytes, threads, pinned_for)
+            self._staging = memory.Staging(budget, threads, pinned_for)
             self._progress = Progress("take", self.total_bytes, self._request.progress)
         with collector.paused():
             # Progress counts the state; what is written after it, digests, is not part of what was promised.

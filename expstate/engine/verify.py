@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from expstate import settings
 from expstate.engine import crew, memory
 from expstate.engine.read import Damage, PieceReader, Read
 from expstate.engine.report import VerifyReport
@@ -35,7 +34,7 @@ def verify(source: SnapshotSource, *, budget: int, progress: ProgressOption) -> 
                 reads += _reads(opened, entry, damages)
         total = sum(read.nbytes for read in reads)
         bar = Progress("verify", total, progress)
-        threads = settings.current().thread_count
+        threads, budget = memory.means(source.storage, budget)
         staging = memory.Staging(budget, threads)
         try:
             PieceReader(opened.files, staging, threads, bar, crew.Stop(), on_damage=damages.append).run(reads)

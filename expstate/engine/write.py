@@ -160,14 +160,17 @@ class FilesWriter:
         self._stop.check()
         state = self._open[window.file]
         writer = self._writer(state)
-        if window.stop > window.start:
-            writer.write(window.start, buffer.view[: window.stop - window.start])
-        self._written(window.nbytes)
-        with state.lock:
-            state.left -= 1
-            is_last = state.left == 0
-        if is_last:
-            state.doubtful = writer.finish()
+        try:
+            if window.stop > window.start:
+                writer.write(window.start, buffer.view[: window.stop - window.start])
+            self._written(window.nbytes)
+            with state.lock:
+                state.left -= 1
+                is_last = state.left == 0
+            if is_last:
+                state.doubtful = writer.finish()
+        except FileExistsError:
+            raise self._taken(state.file) from None
 
     def _writer(self, state: _OpenFile) -> FileWriter:
         with state.lock:
@@ -184,12 +187,14 @@ class FilesWriter:
         try:
             return self._storage.create_file(file.name, file.size)
         except FileExistsError:
-            self.created.remove(file.name)
-            msg = f"a file {file.name!r} is in {self._storage.url!r} already, which is not of this take"
-            raise SnapshotExistsError(msg) from None
+            raise self._taken(file) from None
         except FileNotFoundError:
             msg = f"the folder {self._storage.url!r} is gone: someone removed it while the take was at work"
             raise SnapshotWriteError(msg) from None
+
+    def _taken(self, file: DataFile) -> SnapshotExistsError:
+        self.created.remove(file.name)
+        return SnapshotExistsError(f"a file {file.name!r} is in {self._storage.url!r} already, which is not of this take")
 
     def _write_header(self, file: DataFile, writer: FileWriter) -> None:
         # Direct writes need aligned memory, and a bytes object lies anywhere.

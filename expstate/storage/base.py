@@ -62,11 +62,14 @@ class FileReader(ABC):
         Bytes in the file.
     alignment : int
         Reads are fastest when offset, length and address are multiples of it; 1 where it makes no difference.
+    is_remote : bool
+        Whether each read is a request that takes its time, so that few large ones are better than many small ones.
     """
 
     name: str
     size: int
     alignment: int = 1
+    is_remote: bool = False
 
     @abstractmethod
     def read_into(self, offset: int, target: memoryview) -> None:
@@ -104,19 +107,32 @@ class Storage(ABC):
         Offsets and lengths of ``FileWriter.write`` and preferred reads are multiples of this many bytes.
     data_file_bytes : int
         Size at which the engine begins a new data file.
+    thread_count : int or None
+        Threads that should read or write at once; None for as many as the settings say.
+    copies : int
+        How many times what is written or read is held in memory besides the buffers of the engine.
     """
 
     url: str
     alignment: int = 1
     data_file_bytes: int
+    thread_count: int | None = None
+    copies: int = 0
 
     @abstractmethod
     def create_file(self, name: str, size: int) -> FileWriter:
-        """Begin a data file of exactly ``size`` bytes; ``FileExistsError`` if the name is taken."""
+        """Begin a data file of exactly ``size`` bytes; ``FileExistsError`` if the name is taken, at the latest from ``finish``."""
 
     @abstractmethod
-    def open_file(self, name: str) -> FileReader:
-        """Open a file; ``FileNotFoundError`` if there is none, ``UnsafeFileError`` if it is no regular file."""
+    def open_file(self, name: str, *, size: int | None = None) -> FileReader:
+        """Open a file; ``FileNotFoundError`` if there is none, ``UnsafeFileError`` if it is no regular file.
+
+        ``size`` is what ``sizes`` has just told of it, so that nobody needs to be asked again.
+        """
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:  # noqa: ARG002 - the default of an interface
+        """The sizes of those of these files that are there, where that takes less than asking for each; else nothing."""
+        return {}
 
     @abstractmethod
     def create(self, name: str, data: bytes, *, token: str) -> None:
@@ -150,6 +166,14 @@ class Storage(ABC):
 
         With ``expected`` only if the file holds exactly these bytes now, else ``FileExistsError``.
         """
+
+    def copy_file(self, name: str, source: Storage, source_name: str) -> bool:  # noqa: ARG002 - the default of an interface
+        """Have the storage itself copy a file of another folder; False if it cannot."""
+        return False
+
+    def end_uploads(self, older_than: float) -> int:  # noqa: ARG002 - the default of an interface
+        """Throw away what uploads to this folder have left that were begun before then (seconds since 1970); how many."""
+        return 0
 
     @abstractmethod
     def clock(self) -> float:

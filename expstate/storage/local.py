@@ -111,7 +111,7 @@ class LocalStorage(Storage):
                 os.unlink(last, dir_fd=folder)
                 raise
 
-    def open_file(self, name: str) -> FileReader:
+    def open_file(self, name: str, *, size: int | None = None) -> FileReader:  # noqa: ARG002 - it is known here
         path = f"{self.path}/{name}"
         with system_errors(f"opening {path!r}"), self._folder(name) as (folder, last):
             fd = os.open(last, _READ_FLAGS, dir_fd=folder)

@@ -157,7 +157,7 @@ class MemoryStorage(Storage):
             folder[name] = _File(name, data)
         return _MemoryWriter(data)
 
-    def open_file(self, name: str) -> FileReader:
+    def open_file(self, name: str, *, size: int | None = None) -> FileReader:  # noqa: ARG002 - it is known here
         return _MemoryReader(name, self._file(name).data)
 
     def create(self, name: str, data: bytes, *, token: str) -> None:  # noqa: ARG002 - no temporary file is needed

@@ -1,6 +1,7 @@
 """Paths and URLs: which storage a place names. ``parse`` splits it, ``open_storage`` opens it.
 
-A path is plain or ``os.PathLike``, or has a scheme: ``fs://`` and ``file://`` name the local disk.
+A path is plain or ``os.PathLike``, or has a scheme: ``fs://`` and ``file://`` name the local disk, ``s3://`` and ``gs://`` buckets; what
+else fsspec knows is reached by it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from expstate.errors import InvalidArgumentError, UnsupportedSchemeError
+from expstate.errors import InvalidArgumentError
 from expstate.storage.local import LocalStorage
+from expstate.storage.options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,10 +86,11 @@ def open_storage(path: str | os.PathLike[str], storage_options: Mapping[str, Any
         msg = f"storage_options must be a dict, got {type(options).__name__}"
         raise InvalidArgumentError(msg)
     factory = _factories.get(scheme)
-    if factory is None:
-        msg = f"no storage is known for {scheme}:// (there are: plain paths, {', '.join(f'{name}://' for name in _factories)})"
-        raise UnsupportedSchemeError(msg)
-    return factory(rest, storage_options or {})
+    if factory is not None:
+        return factory(rest, storage_options or {})
+    from expstate.storage.objects.connections import open_objects  # noqa: PLC0415 - fsspec is not needed for a disk
+
+    return open_objects(scheme, rest, options_of(f"{scheme}://{rest}", storage_options))
 
 
 def _open_local(path: str, storage_options: Mapping[str, Any]) -> Storage:

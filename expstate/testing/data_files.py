@@ -59,10 +59,10 @@ class DataFileTests(StorageCase):
         assert same_bytes(data, storage.read(DATA))
 
     def test_a_data_file_is_created_once(self, storage: Storage) -> None:
-        """A name that is taken is refused, and what has it stays."""
+        """A name that is taken is refused, at the latest when the file is finished, and what has it stays."""
         self.put(storage, DATA, b"first")
         with pytest.raises(FileExistsError):
-            storage.create_file(DATA, 6)
+            self.put(storage, DATA, b"second")
 
         assert b"first" == storage.read(DATA)
 

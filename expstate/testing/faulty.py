@@ -200,8 +200,8 @@ class FaultyStorage(Storage):
     def create_file(self, name: str, size: int) -> FileWriter:
         return self._faults.do("create_file", name, lambda: _FaultyWriter(self._faults, self._storage.create_file(name, size), name))
 
-    def open_file(self, name: str) -> FileReader:
-        return self._faults.do("open_file", name, lambda: _FaultyReader(self._faults, self._storage.open_file(name)))
+    def open_file(self, name: str, *, size: int | None = None) -> FileReader:
+        return self._faults.do("open_file", name, lambda: _FaultyReader(self._faults, self._storage.open_file(name, size=size)))
 
     def create(self, name: str, data: bytes, *, token: str) -> None:
         due = self._faults.due("create", name)

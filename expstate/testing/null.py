@@ -120,7 +120,7 @@ class NullStorage(Storage):
         except KeyError:
             raise FileNotFoundError(name) from None
 
-    def open_file(self, name: str) -> FileReader:
+    def open_file(self, name: str, *, size: int | None = None) -> FileReader:  # noqa: ARG002 - it is known here
         with _lock:
             return _BytesReader(name, self._small(name))
 

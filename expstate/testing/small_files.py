@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from expstate.storage.base import Storage
 
-_ROUNDS = 25
 _PROCESSES = 4
 # Each process creates file after file as soon as the parent says so, and prints those that it was the one to create.
 _RACER = """
@@ -36,7 +35,15 @@ for line in sys.stdin:
 
 
 class SmallFileTests(StorageCase):
-    """What the engine relies on in leases and manifests."""
+    """What the engine relies on in leases and manifests.
+
+    Attributes
+    ----------
+    rounds : int
+        How often a race is run; a subclass may lower it where each takes long.
+    """
+
+    rounds = 25
 
     def test_a_small_file_is_created_once(self, storage: Storage) -> None:
         """Whole; a second one is refused and leaves nothing."""
@@ -50,7 +57,7 @@ class SmallFileTests(StorageCase):
 
     def test_of_several_threads_that_create_a_file_one_wins(self, storage: Storage) -> None:
         """And the file is the winner's."""
-        for number in range(_ROUNDS):
+        for number in range(self.rounds):
             name = f"race-{number}.json"
 
             def create(thread: int, name: str = name) -> bool:
@@ -68,7 +75,7 @@ class SmallFileTests(StorageCase):
         """And nothing of the others remains."""
         commands = [[sys.executable, "-c", _RACER, self.url(place), str(number)] for number in range(_PROCESSES)]
         racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for command in commands]  # noqa: S603
-        names = [f"race-{number}.json" for number in range(_ROUNDS)]
+        names = [f"race-{number}.json" for number in range(self.rounds)]
         winners = {}
         for name in names:
             for racer in racers:
@@ -109,7 +116,7 @@ class SmallFileTests(StorageCase):
     def test_of_several_that_replace_what_they_expect_one_wins(self, storage: Storage, place: Path) -> None:
         """So that no committed file is replaced unseen."""
         storage.create(SMALL, b"old", token=TOKEN)
-        for number in range(_ROUNDS):
+        for number in range(self.rounds):
             before = storage.read(SMALL)
 
             def replace(thread: int, before: bytes = before, number: int = number) -> bool:

@@ -66,7 +66,7 @@ class _CountingStorage(LocalStorage):
         super().__init__(path)
         self.ranges: list[tuple[int, int]] = []
 
-    def open_file(self, name: str) -> FileReader:
+    def open_file(self, name: str, *, size: int | None = None) -> FileReader:
         return _CountingReader(super().open_file(name), self.ranges)
 
 

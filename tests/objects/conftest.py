@@ -1,0 +1,75 @@
+"""Object stores for tests: a server of each kind for the session, a bucket and a proxy for each test.
+
+A test that looks at what goes wrong gives its client ``s3_proxy.url`` as endpoint; one that does not uses ``s3_server.storage_options()``.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from .proxy import FaultProxy
+from .servers import ENVIRONMENT, GcsServer, MissingError, S3Server
+
+# Before a client is imported. Whose account the user has is nobody's business here.
+for _name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_", "STORAGE_EMULATOR_"))]:
+    del os.environ[_name]
+os.environ.update(ENVIRONMENT)
+
+
+def _start(kind: type[S3Server | GcsServer], name: str, factory: pytest.TempPathFactory) -> S3Server | GcsServer:
+    try:
+        return kind(factory.mktemp(name))
+    except MissingError as error:
+        reason = str(error)
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that speaks S3, for all tests of this process."""
+    with _start(S3Server, "s3", tmp_path_factory) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
+    """A server that speaks GCS, for all tests of this process."""
+    with _start(GcsServer, "gcs", tmp_path_factory) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server) -> Iterator[str]:
+    """The name of a new bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    s3_server.make_bucket(name)
+    yield name
+    s3_server.remove_bucket(name)
+
+
+@pytest.fixture
+def gcs_bucket(gcs_server: GcsServer) -> str:
+    """The name of a new bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    gcs_server.make_bucket(name)
+    return name
+
+
+@pytest.fixture
+def s3_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    """A proxy before the server that speaks S3."""
+    with FaultProxy(s3_server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def gcs_proxy(gcs_server: GcsServer) -> Iterator[FaultProxy]:
+    """A proxy before the server that speaks GCS."""
+    with FaultProxy(gcs_server.url) as proxy:
+        yield proxy

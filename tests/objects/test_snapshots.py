@@ -1,0 +1,378 @@
+"""Snapshots in object stores: taken, found, compared, read and put back as on a disk, and never half there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from expstate import Catalog, Snapshot, StateDict, configure, errors, gc, settings
+from expstate.engine.lease import LEASE_SECONDS
+from expstate.storage.registry import open_storage
+from expstate.testing.cases import TOKEN
+
+from .faults import Fault, Flip, Lost, Reset, Shrink, gcs_error, s3_error
+from .proxy import FaultProxy
+from .servers import GcsServer, S3Server
+
+MIB = 2**20
+WAYS = {"s3": ("s3", "fsspec"), "s3 by obstore": ("s3", "obstore"), "gs": ("gs", "fsspec")}
+
+
+class Store:
+    """A bucket, and a proxy before its server."""
+
+    def __init__(self, root: str, proxy: FaultProxy) -> None:
+        self.root = root
+        self.proxy = proxy
+
+    def new(self) -> str:
+        return f"{self.root}/run-{uuid.uuid4().hex[:8]}/step-1"
+
+    def puts(self) -> list[str]:
+        return [request.path for request in self.proxy.requests if request.method in {"PUT", "POST"}]
+
+
+@pytest.fixture(scope="module")
+def buckets(s3_server: S3Server, gcs_server: GcsServer) -> dict[str, str]:
+    names = {"s3": f"snapshots-{uuid.uuid4().hex[:8]}", "gs": f"snapshots-{uuid.uuid4().hex[:8]}"}
+    s3_server.make_bucket(names["s3"])
+    gcs_server.make_bucket(names["gs"])
+    return names
+
+
+@pytest.fixture(params=list(WAYS))
+def store(request: pytest.FixtureRequest, buckets: dict[str, str], s3_server: S3Server, gcs_server: GcsServer) -> Iterator[Store]:
+    """A store reached in each of the ways that there are."""
+    scheme, transport = WAYS[request.param]
+    server = s3_server if scheme == "s3" else gcs_server
+    root = f"{scheme}://{buckets[scheme]}"
+    with FaultProxy(server.url) as proxy, settings.override(transport=transport, retry_seconds=15, object_file_bytes=MIB):
+        configure(storage_options={root: server.storage_options(endpoint_url=proxy.url)})
+        yield Store(root, proxy)
+        configure(storage_options={root: {}})
+
+
+@pytest.fixture
+def s3(buckets: dict[str, str], s3_server: S3Server) -> Iterator[Store]:
+    root = f"s3://{buckets['s3']}"
+    with FaultProxy(s3_server.url) as proxy, settings.override(retry_seconds=15, object_file_bytes=MIB):
+        configure(storage_options={root: s3_server.storage_options(endpoint_url=proxy.url)})
+        yield Store(root, proxy)
+        configure(storage_options={root: {}})
+
+
+def app_state(seed: int = 0) -> dict[str, StateDict]:
+    """Tensors larger and smaller than a data file, tied ones, an object and plain values."""
+    torch.manual_seed(seed)
+    large = torch.randn(3 * MIB // 4)
+    small = {f"layer.{number}": torch.randn(50, 20) for number in range(12)}
+    wide = torch.randn(1, 700_000)  # a row larger than a data file cannot be cut
+    return {
+        "model": StateDict(large=large, tied=large, wide=wide, **small),
+        "progress": StateDict(step=seed, note="text", numbers=[1, 2.5]),
+    }
+
+
+def is_same(one: dict[str, StateDict], other: dict[str, StateDict]) -> bool:
+    return all(
+        torch.equal(value, other[key][name]) if isinstance(value, torch.Tensor) else value == other[key][name]
+        for key, state in one.items()
+        for name, value in state.items()
+    )
+
+
+def files(url: str) -> list[str]:
+    return sorted(info.name for info in open_storage(url).list())
+
+
+# What works
+
+
+def test_a_snapshot_is_taken_read_and_put_back(store: Store) -> None:
+    url, state, live = store.new(), app_state(1), app_state(2)
+    snapshot = Snapshot.take(url, state, name="first", metrics={"loss": 0.5})
+
+    assert url == snapshot.path
+    assert Snapshot(url).verify().ok
+    Snapshot(url).restore(live)
+    assert is_same(state, live)
+    assert live["model"]["tied"] is live["model"]["large"]
+    assert torch.equal(state["model"]["layer.3"], Snapshot(url).read_object("model/layer.3"))
+    assert torch.equal(state["model"]["large"][100:200], Snapshot(url).read_object("model/large", rows=slice(100, 200)))
+    assert not Snapshot(url).diff(state)
+    live["model"]["layer.0"] += 1
+    assert ("model/layer.0",) == Snapshot(url).diff(live, stats=True).changed
+
+
+def test_takes_go_on_in_the_background(store: Store) -> None:
+    state = app_state(1)
+    pending = Snapshot.async_take(store.new(), state)
+    before = {name: value.clone() for name, value in state["model"].items()}
+    for value in state["model"].values():
+        value.zero_()
+    live = app_state(2)
+    pending.wait().restore(live)
+
+    assert all(torch.equal(value, live["model"][name]) for name, value in before.items())
+
+
+def test_a_path_is_taken_once_unless_it_is_overwritten(store: Store) -> None:
+    url = store.new()
+    Snapshot.take(url, app_state(1))
+    with pytest.raises(errors.SnapshotExistsError):
+        Snapshot.take(url, app_state(2))
+    second = Snapshot.take(url, app_state(3), overwrite=True)
+
+    assert 3 == Snapshot(url).read_object("progress/step")
+    assert {"snapshot.json", *(record.name for record in second.manifest.files)} == set(files(url))
+
+
+def test_a_snapshot_that_was_replaced_while_it_is_open_says_so(store: Store) -> None:
+    url = store.new()
+    old = Snapshot.take(url, app_state(1))
+    Snapshot.take(url, app_state(2), overwrite=True)
+
+    with pytest.raises(errors.SnapshotReplacedError):
+        old.restore(app_state(3))
+
+
+def test_of_two_takers_one_wins(store: Store) -> None:
+    url = store.new()
+    outcomes: list[int] = []
+    barrier = threading.Barrier(4)
+
+    def take(number: int) -> None:
+        barrier.wait()
+        try:
+            Snapshot.take(url, {"progress": StateDict(step=number, weight=torch.zeros(1000))})
+        except errors.SnapshotExistsError:
+            return
+        outcomes.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert outcomes == [Snapshot(url).read_object("progress/step")]
+    assert Snapshot(url).verify().ok
+    assert {"snapshot.json", *(record.name for record in Snapshot(url).manifest.files)} == set(files(url))
+
+
+def test_it_is_copied_to_disk_and_back_and_deleted(store: Store, tmp_path: Path) -> None:
+    url, state = store.new(), app_state(1)
+    there = Snapshot.take(url, state)
+    here = there.copy(tmp_path / "copy")
+    again = here.copy(f"{url}-again")
+    other = there.copy(f"{url}-other")
+
+    for snapshot in (here, again, other):
+        assert there.id == snapshot.id
+        assert snapshot.verify().ok
+    other.delete()
+    assert [] == files(f"{url}-other")
+    with pytest.raises(errors.SnapshotNotFoundError):
+        Snapshot(f"{url}-other").keys()
+
+
+def test_the_catalog_knows_it_and_scan_finds_it(store: Store, tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "catalog.db")
+    url = store.new()
+    Snapshot.take(url, app_state(1), name="far", metrics={"loss": 0.25}, catalog=catalog)
+    catalog.alias("far", "best")
+    catalog.tag("far", "paper")
+
+    assert Snapshot.find("best", catalog=catalog).verify().ok
+    rebuilt = Catalog(tmp_path / "rebuilt.db")
+    rebuilt.scan(url.rpartition("/")[0])
+    (record,) = rebuilt.search("loss < 0.5 and tag = paper", project="*")
+    assert (url, ("best",)) == (record.url, record.aliases)
+    with pytest.raises(errors.SnapshotPinnedError):
+        Snapshot(url).delete()
+
+
+def test_what_a_dead_take_left_is_collected(store: Store) -> None:
+    url = store.new()
+    storage = open_storage(url)
+    dead = '{"id":"%s","action":"take","host":"h","boot":null,"namespace":null,"pid":1,"started":1,"heartbeat":0}'
+    storage.create(f".attempt-{TOKEN}.json", (dead % (TOKEN + 24 * "0")).encode(), token=TOKEN)
+    storage.create(f"model-00001-{TOKEN}.safetensors", b"left", token=TOKEN)
+    Snapshot.take(f"{url}/nested", app_state(1))
+
+    assert () == gc(url).removed  # it may still be at work
+    ahead = storage.clock() + 2 * LEASE_SECONDS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(storage), "clock", lambda _: ahead)
+        (left,) = gc(url).removed
+    assert 2 == len(left.files)
+    assert [] == files(url)
+    assert Snapshot(f"{url}/nested").verify().ok
+
+
+def test_reading_one_tensor_takes_few_requests(store: Store) -> None:
+    url, state = store.new(), app_state(1)
+    Snapshot.take(url, state)
+    store.proxy.requests.clear()
+
+    assert torch.equal(state["model"]["layer.7"], Snapshot(url).read_object("model/layer.7"))
+    assert len(store.proxy.requests) <= 3, [(request.method, request.target) for request in store.proxy.requests]
+
+
+# What goes wrong
+
+
+def refused(store: Store, code: int) -> object:
+    names = {500: "InternalError", 503: "SlowDown", 409: "ConditionalRequestConflict", 403: "AccessDenied", 429: "rateLimitExceeded"}
+    return gcs_error(code, names[code]) if store.root.startswith("gs") else s3_error(code, names[code])
+
+
+@pytest.mark.parametrize("code", [500, 503, 409])
+def test_a_request_that_fails_for_a_while_is_tried_again(store: Store, code: int) -> None:
+    store.proxy.add(Fault(refused(store, code), method="PUT|POST", times=3))
+    url, state, live = store.new(), app_state(1), app_state(2)
+    snapshot = Snapshot.take(url, state)
+    store.proxy.add(Fault(refused(store, code), method="GET", times=2))
+    snapshot.restore(live)
+
+    assert is_same(state, live)
+
+
+def test_a_request_that_fails_for_ever_is_an_error_that_says_what_the_server_said(store: Store) -> None:
+    url = store.new()
+    with settings.override(retry_seconds=2):
+        # The lease comes first, which is there already when the data files are refused.
+        store.proxy.add(Fault(refused(store, 503), method="PUT|POST", nth=3, times=1000))
+        with pytest.raises(errors.StorageError, match=r"tim.*in \d+ s"):
+            Snapshot.take(url, app_state(1))
+    store.proxy.clear()
+
+    assert [] == files(url)
+
+
+def test_what_is_not_allowed_is_no_matter_of_patience(store: Store) -> None:
+    store.proxy.add(Fault(refused(store, 403), method="PUT|POST", times=1000))
+    with pytest.raises(errors.StoragePermissionError, match=r"credentials|permission|access"):
+        Snapshot.take(store.new(), app_state(1))
+
+
+def test_a_lost_reply_to_the_commit_is_no_conflict(store: Store) -> None:
+    url = store.new()
+    store.proxy.add(Fault(Lost(), method="PUT|POST", path=r"snapshot\.json" if store.root.startswith("s3") else r"upload", nth=1, times=1))
+    Snapshot.take(url, app_state(1))
+
+    assert Snapshot(url).verify().ok
+
+
+def test_broken_connections_are_made_again(store: Store) -> None:
+    store.proxy.add(Fault(Reset(), nth=3, times=3))
+    state, live = app_state(1), app_state(2)
+    Snapshot.take(store.new(), state).restore(live)
+
+    assert is_same(state, live)
+
+
+@pytest.mark.parametrize("action", [Shrink(1000), Flip(500)])
+def test_a_body_that_is_short_or_wrong_once_is_read_again(store: Store, action: object) -> None:
+    state, live = app_state(1), app_state(2)
+    snapshot = Snapshot.take(store.new(), state)
+    store.proxy.add(Fault(action, method="GET", path="safetensors", headers="^range:", times=1))
+    snapshot.restore(live)
+
+    assert is_same(state, live)
+
+
+def test_a_body_that_is_wrong_each_time_is_damage_that_is_named(store: Store) -> None:
+    snapshot = Snapshot.take(store.new(), app_state(1))
+    store.proxy.add(Fault(Flip(500), method="GET", path="safetensors", headers="^range:", times=1000))
+
+    with pytest.raises((errors.SnapshotCorruptError, errors.RestoreInterruptedError), match=r"entry 'model/"):
+        snapshot.restore(app_state(2))
+
+
+def test_an_interrupt_leaves_nothing_and_nothing_appears_later(store: Store) -> None:
+    url = store.new()
+    begun = threading.Event()
+
+    def interrupt() -> None:
+        begun.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    real = open_storage(url).client.put
+
+    def put(key: str, *given: object, **options: object) -> None:
+        if key.endswith(".safetensors"):
+            begun.set()
+        real(key, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(open_storage(url).client), "put", lambda _, *given, **options: put(*given, **options))
+        store.proxy.latency = 0.1
+        killer = threading.Thread(target=lambda: (begun.wait(), os.kill(os.getpid(), signal.SIGINT)))
+        killer.start()
+        with pytest.raises(KeyboardInterrupt):
+            Snapshot.take(url, app_state(1))
+        killer.join()
+    store.proxy.latency = 0
+
+    assert [] == files(url)
+
+
+_TAKER = """
+import os, signal, sys, threading
+import torch
+from expstate import Snapshot, StateDict, configure, settings
+from expstate.storage.objects import storage as objects
+url, root, options, stop, transport = sys.argv[1], sys.argv[2], eval(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+configure(storage_options={root: options})
+done = 0
+lock = threading.Lock()
+def counted(function):
+    def call(what, action):
+        global done
+        with lock:
+            done += 1
+            if done == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(what, action)
+    return call
+objects.persist = counted(objects.persist)
+with settings.override(object_file_bytes=2**20, transport=transport):
+    Snapshot.take(url, {"model": StateDict(**{f"w{n}": torch.full((200_000,), float(n)) for n in range(12)})}, catalog=False)
+print("done", done)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
+def test_a_take_that_is_killed_at_any_request_is_whole_or_not_there(s3: Store, s3_server: S3Server, transport: str) -> None:
+    seen = set()
+    for stop in range(1, 40):
+        url = s3.new()
+        command = [sys.executable, "-c", _TAKER, url, s3.root, repr(s3_server.storage_options()), str(stop), transport]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            Snapshot(url).keys()
+        except errors.SnapshotNotFoundError:
+            seen.add("invisible")
+        else:
+            seen.add("whole")
+            assert Snapshot(url).verify().ok
+        if "done" in ended.stdout:
+            break
+        assert -signal.SIGKILL == ended.returncode, ended.stderr
+        gc(url)
+        if "whole" not in seen:
+            assert [] == files(url)
+
+    assert stop >= 15
+    assert {"invisible", "whole"} == seen
