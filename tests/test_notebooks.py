@@ -7,6 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from .objects.servers import SECRET
+
 LESSONS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -19,7 +21,7 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
 
 
 def test_there_are_lessons() -> None:
-    assert ["01", "02", "03", "04"] == [lesson.name[:2] for lesson in LESSONS][:4]
+    assert ["01", "02", "03", "04", "05"] == [lesson.name[:2] for lesson in LESSONS]
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
@@ -54,3 +56,11 @@ def test_nothing_of_the_machine_is_in_the_outputs(lesson: Path) -> None:
     assert "/tmp/" not in text  # noqa: S108 - it is looked for
     assert "/root/" not in text
     assert "/work/" not in text
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
+def test_nothing_of_the_server_of_a_lesson_is_in_it(lesson: Path) -> None:
+    text = lesson.read_text()
+
+    assert "127.0.0.1" not in text
+    assert SECRET not in text

@@ -148,6 +148,19 @@ class SnapshotSource:
         return numbers
 
     @staticmethod
+    def files_of_rows(entry: TensorEntry, rows: range) -> set[int]:
+        """Numbers of the files that hold some rows of a tensor, and the digests of these."""
+        numbers: set[int] = set()
+        for box in entry.boxes:
+            first = box.starts[0] if box.starts else 0
+            count = box.sizes[0] if box.sizes else entry.shape[0]
+            if first < rows.stop and rows.start < first + count:
+                numbers.add(box.file)
+                if isinstance(box.blocks, tuple):
+                    numbers.add(box.blocks[0])
+        return numbers
+
+    @staticmethod
     def box_sizes(entry: TensorEntry | ObjectEntry) -> Iterator[tuple[Box, int]]:
         """The boxes of an entry and their bytes."""
         if isinstance(entry, ObjectEntry):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from expstate import settings
 from expstate.errors import InvalidArgumentError, StoragePermissionError
 from expstate.storage import registry
+from expstate.storage.options import configure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +37,6 @@ class Place:
     def __init__(self, shell: Any) -> None:
         self._default = str(_beside(shell) / FOLDER)
         self._chosen: str | None = None
-        self.options: dict[str, str] = {}
 
     @property
     def root(self) -> str:
@@ -54,7 +54,7 @@ class Place:
         url : str
             Path or URL.
         options : mapping of str to str
-            What the storage needs to connect, without secrets.
+            What the storage needs to connect, without secrets. They are kept in memory, for all that is done with what is below the URL.
 
         Returns
         -------
@@ -75,7 +75,9 @@ class Place:
         scheme, _ = registry.parse(url)
         path = os.path.abspath(os.path.expanduser(url)) if scheme == "fs" and "://" not in url else url  # noqa: PTH100, PTH111 - as above
         storage = registry.open_storage(path, dict(options) or None)
-        self._chosen, self.options = path, dict(options)
+        if options:
+            configure(storage_options={storage.url: options})
+        self._chosen = path
         return storage.url
 
     def new(self) -> str:

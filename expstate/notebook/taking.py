@@ -85,7 +85,6 @@ class Taker:
             pending = Snapshot.async_take(
                 path,
                 kernel.app_state(chosen),
-                storage_options=place.options or None if to is None else None,
                 note=note,
                 tags=tags,
                 metrics=metrics,

@@ -36,6 +36,8 @@ _REFUSED = {
 }
 """What fsspec knows and what is no place for snapshots: it cannot be listed, or leads to other URLs."""
 
+_READ_BY_CLIENTS = ("AWS_", "BOTO", "FSSPEC_", "GCLOUD_", "GCSFS_", "GOOGLE_", "STORAGE_EMULATOR_")
+
 _clients: dict[tuple[Hashable, ...], ObjectClient] = {}
 _lock = threading.Lock()
 _said: set[str] = set()
@@ -64,14 +66,14 @@ def open_objects(scheme: str, rest: str, storage_options: Mapping[str, Any]) -> 
     if scheme in _BUCKETS and ("@" in bucket or "?" in rest):
         msg = f"credentials do not belong in a URL ({scheme}://...): pass storage_options, or use a profile or the environment"
         raise InvalidArgumentError(msg)
-    parts = folder.strip("/").split("/") if folder.strip("/") else []
+    parts = folder.rstrip("/").split("/") if folder.rstrip("/") else []
     if not bucket or any(part in {"", ".", ".."} for part in parts) or "::" in rest:
         msg = f"a {scheme}:// URL is a bucket and folders joined by single slashes, such as {scheme}://bucket/runs/step-1"
         raise InvalidArgumentError(msg)
     if scheme not in _BUCKETS:
         _check_known(scheme)
     options = dict(storage_options)
-    connect = functools.partial(_connect, scheme, bucket, options, settings.current().transport)
+    connect = functools.partial(_connect, scheme, bucket, options, settings.current().transport, _environment())
     return ObjectStorage(connect, "/".join(parts))
 
 
@@ -83,8 +85,13 @@ def _check_known(scheme: str) -> None:
         raise UnsupportedSchemeError(msg)
 
 
-def _connect(scheme: str, bucket: str, options: dict[str, Any], transport: str) -> ObjectClient:
-    identity = (os.getpid(), scheme, bucket, transport, _frozen(options))
+def _environment() -> tuple[tuple[str, str], ...]:
+    """What clients read of the environment when they are made: whoever changes it expects that the next path sees that."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(_READ_BY_CLIENTS)))
+
+
+def _connect(scheme: str, bucket: str, options: dict[str, Any], transport: str, environment: Hashable) -> ObjectClient:
+    identity = (os.getpid(), scheme, bucket, transport, environment, _frozen(options))
     with _lock:
         found = _clients.get(identity)
         if found is None:
@@ -116,9 +123,9 @@ def _made(scheme: str, bucket: str, options: dict[str, Any], transport: str) -> 
             return _by_obstore(scheme, bucket, options)
         except obstore_options.CannotTranslateError as error:
             if transport == "obstore":
-                msg = f"obstore cannot do what the storage option {error} asks for: unset EXPSTATE_TRANSPORT to use {package}"
+                msg = f"obstore cannot do what {error.option} asks for: unset EXPSTATE_TRANSPORT to use {package}"
                 raise InvalidArgumentError(msg) from None
-            _say(f"{scheme}:// is reached by {package}, because obstore cannot do what the storage option {error} asks for")
+            _say(f"{scheme}:// is reached by {package}, because obstore cannot do what {error.option} asks for")
     elif transport == "obstore":
         msg = "EXPSTATE_TRANSPORT is obstore, which is not installed: pip install 'expstate[obstore]'"
         raise UnsupportedSchemeError(msg)
