@@ -21,19 +21,19 @@ def buffers_of(sizes: list[int]) -> list[bytes]:
     return [random.randbytes(size) for size in sizes]
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [5], [0, 3, 0, 0, 4, 1, 0], [1] * 1000, [100_000, 1, 300_000]])
+@pytest.mark.parametrize("sizes", [[], [0], [5], [0, 3, 0, 0, 4, 1, 0], [1] * 1000, [10_000, 1, 300_000]])
 @pytest.mark.parametrize("size", [1, 2, 7, 1 << 18])
 def test_reading_gives_the_buffers_one_after_the_other(sizes: list[int], size: int) -> None:
     buffers = buffers_of(sizes)
     body = Body(buffers, 60)
     assert len(body) == sum(sizes)
     assert body.size == sum(sizes)
-    pieces = []
+    read = bytearray()
     while piece := body.read(size):
         assert len(piece) <= size
-        pieces.append(bytes(piece))
-        assert body.tell() == sum(map(len, pieces))
-    assert b"".join(pieces) == b"".join(buffers)
+        read += piece
+        assert body.tell() == len(read)
+    assert read == b"".join(buffers)
     assert body.read(size) == b""
     body.seek(0)
     assert bytes(body.read()) == b"".join(buffers)

@@ -31,18 +31,29 @@ class _Call(Generic[Result]):
     def __init__(self, function: Callable[[], Coroutine[Any, Any, Result]]) -> None:
         self._function = function
         self._task: asyncio.Task[Result] | None = None
-        self.ended = threading.Event()
+        self._has_ended = False
+        # Not an event: an interrupt inside of its methods can leave it locked, and the loop would wait for it.
+        self._gate = threading.Lock()
+        self._gate.acquire()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         # Made here and not by the caller, so that an interrupt cannot leave a coroutine that nobody has awaited.
         self._task = loop.create_task(self._function())
-        self._task.add_done_callback(lambda _: self.ended.set())
+        self._task.add_done_callback(lambda _: self._end())
 
     def cancel(self) -> None:
         if self._task is None:  # the interrupt came before it was handed over
-            self.ended.set()
+            self._end()
         else:
             self._task.cancel()
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._gate.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended by then. Only by the thread that has made the call."""
+        return self._has_ended or self._gate.acquire(timeout=seconds)
 
     def result(self) -> Result:
         if self._task is None or self._task.cancelled():
@@ -82,7 +93,7 @@ class Loop:
         loop = self.running()
         try:
             loop.call_soon_threadsafe(call.start, loop)
-            while not call.ended.wait(_WAKE_SECONDS):
+            while not call.wait(_WAKE_SECONDS):
                 pass
         except BaseException:
             self._end(call, loop)
@@ -110,9 +121,10 @@ class Loop:
         with contextlib.suppress(RuntimeError):  # the loop was closed at this moment, and has ended the coroutine
             loop.call_soon_threadsafe(call.cancel)
         deadline = time.monotonic() + _END_SECONDS
-        while not call.ended.is_set() and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(KeyboardInterrupt):
-                call.ended.wait(left)
+                if call.wait(left):
+                    return
 
     def cancel(self) -> None:
         """Cancel what runs, and wait for its end."""
