@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from expstate.bench import run
+from expstate.bench import options, run
 
 
 def main() -> int:
     """Run the benchmark; the exit status."""
-    parser = argparse.ArgumentParser(prog="python3 -m expstate.bench", description=run.DESCRIPTION)
-    run.add_arguments(parser)
+    parser = argparse.ArgumentParser(prog="python3 -m expstate.bench", description=options.DESCRIPTION)
+    options.add_arguments(parser)
     return run.main(parser, parser.parse_args())
 
 

@@ -15,10 +15,11 @@ import torch
 
 from expstate.bench import limits, measure, state, systems
 from expstate.bench.measure import Meter
+from expstate.bench.outcomes import differences, expected_digests, measured
 from expstate.bench.plan import LIMIT, SNAPSHOT, Outcome, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 
 def _meter(task: Task, *, maps_files: bool = False) -> Meter:
@@ -27,19 +28,6 @@ def _meter(task: Task, *, maps_files: bool = False) -> Meter:
         return Meter(maps_files=maps_files)
     module: Any = torch.get_device_module(device)
     return Meter(maps_files=maps_files, synchronize=module.synchronize)
-
-
-def _outcome(meter: Meter, nbytes: int, **more: Any) -> Outcome:
-    return Outcome(meter.seconds, meter.cpu_seconds, meter.peak_extra_bytes, nbytes, **more)
-
-
-def _check(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    wrong = [name for name, digest in expected.items() if found.get(name) != digest]
-    return f"{len(wrong)} of {len(expected)} tensors differ after the restore, the first is {wrong[0]!r}" if wrong else ""
-
-
-def _expected(task: Task) -> dict[str, str]:
-    return msgspec.json.decode(Path(task.expected).read_bytes(), type=dict[str, str])
 
 
 def _describe(task: Task) -> Outcome:
@@ -70,7 +58,7 @@ def _limit(task: Task) -> Outcome:
         left = measure.evict(kept)
     meter = _meter(task)
     limits.COMPONENTS[task.component](job, meter)
-    return _outcome(meter, state.PROBE_BYTES if task.component == "read_one" else job.total_bytes, cached_bytes=left)
+    return measured(meter, state.PROBE_BYTES if task.component == "read_one" else job.total_bytes, cached_bytes=left)
 
 
 def _take(task: Task) -> Outcome:
@@ -79,7 +67,7 @@ def _take(task: Task) -> Outcome:
     meter = _meter(task)
     with meter:
         system.take(Path(task.folder), live)
-    return _outcome(meter, live.nbytes)
+    return measured(meter, live.nbytes)
 
 
 def _restore(task: Task) -> Outcome:
@@ -94,7 +82,7 @@ def _restore(task: Task) -> Outcome:
     meter = _meter(task, maps_files=system.maps_files)
     with meter:
         system.restore(kept, live, verify=task.operation != "restore_warm_unverified")
-    return _outcome(meter, live.nbytes, cached_bytes=left, error=_check(_expected(task), state.digests(live)))
+    return measured(meter, live.nbytes, cached_bytes=left, error=differences(expected_digests(task), state.digests(live)))
 
 
 def _read_one(task: Task) -> Outcome:
@@ -107,8 +95,8 @@ def _read_one(task: Task) -> Outcome:
     with meter:
         read(probe)
     name = state.PROBE
-    error = _check({name: _expected(task)[name]}, state.digests(state.TensorState({name: probe})))
-    return _outcome(meter, probe.nbytes, cached_bytes=left, error=error)
+    error = differences({name: expected_digests(task)[name]}, state.digests(state.TensorState({name: probe})))
+    return measured(meter, probe.nbytes, cached_bytes=left, error=error)
 
 
 def _async_stall(task: Task) -> Outcome:
@@ -129,8 +117,8 @@ def _async_stall(task: Task) -> Outcome:
     error = ""
     if any(second.iterdir()):
         system.restore(second, live, verify=True)
-        error = _check(expected, state.digests(live))
-    return _outcome(meter, live.nbytes, error=error)
+        error = differences(expected, state.digests(live))
+    return measured(meter, live.nbytes, error=error)
 
 
 def _small_tensors(task: Task) -> Outcome:
@@ -147,7 +135,7 @@ def _small_tensors(task: Task) -> Outcome:
     with restoring:
         system.restore(folder, live, verify=True)
     parts = {"take": taking.seconds, "restore": restoring.seconds}
-    error = _check(expected, state.digests(live))
+    error = differences(expected, state.digests(live))
     if isinstance(system, systems.Expstate):
         listing = _meter(task)
         with listing:
@@ -183,6 +171,10 @@ _STEPS: dict[str, Callable[[Task], Outcome]] = {
 
 
 def _step(task: Task) -> Callable[[Task], Outcome]:
+    if "://" in task.folder and task.operation != "describe":
+        from expstate.bench import objects  # needs packages that not every machine has
+
+        return objects.step(task)
     if task.component:
         return _limit
     if task.operation in _STEPS:

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from blake3 import blake3
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from expstate.bench.measure import Meter
+
+Item = TypeVar("Item")
 
 PIECE_BYTES = 16 * MIB
 _PAGE = 4096
@@ -63,7 +65,8 @@ def _pieces(start: int, total_bytes: int) -> deque[tuple[int, int]]:
     return deque((first, min(PIECE_BYTES, stop - first)) for first in range(start, stop, PIECE_BYTES))
 
 
-def _take_from(pieces: deque[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def take_from(pieces: deque[Item]) -> Iterator[Item]:
+    """What comes next, until there is nothing more; many threads take from one queue."""
     with contextlib.suppress(IndexError):
         while True:
             yield pieces.popleft()
@@ -79,7 +82,8 @@ class _Memory:
         self.view = memory(address + -address % _PAGE, nbytes)
 
 
-def _in_threads(count: int, work: Callable[[int], None]) -> None:
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Do the work in so many threads, each with a number of its own."""
     with ThreadPoolExecutor(count) as pool:
         for result in [pool.submit(work, number) for number in range(count)]:
             result.result()
@@ -110,13 +114,13 @@ def write(job: Job, meter: Meter) -> None:
                 os.posix_fallocate(fd, 0, _page_up(job.total_bytes))
 
             def work(number: int) -> None:
-                for offset, length in _take_from(pieces):
+                for offset, length in take_from(pieces):
                     data = buffers[number].view[: _page_up(length)]
                     while data:
                         written = os.pwrite(fd, data, offset)
                         data, offset = data[written:], offset + written  # noqa: PLW2901 - the rest of a short write
 
-            _in_threads(job.workers, work)
+            in_threads(job.workers, work)
             os.ftruncate(fd, job.total_bytes)
         finally:
             os.close(fd)
@@ -131,10 +135,10 @@ def _read_direct(job: Job, meter: Meter, start: int, total_bytes: int) -> None:
         try:
 
             def work(number: int) -> None:
-                for offset, length in _take_from(pieces):
+                for offset, length in take_from(pieces):
                     _read_all(fd, buffers[number].view[: _page_up(length)], offset, length)
 
-            _in_threads(job.workers, work)
+            in_threads(job.workers, work)
         finally:
             os.close(fd)
 
@@ -177,12 +181,12 @@ def _read_cached(job: Job, meter: Meter, digest: Callable[[memoryview], object])
         try:
 
             def work(_number: int) -> None:
-                for offset, length in _take_from(pieces):
+                for offset, length in take_from(pieces):
                     piece = target.view[offset : offset + length]
                     _read_all(fd, piece, offset, length)
                     digest(piece)
 
-            _in_threads(job.workers, work)
+            in_threads(job.workers, work)
         finally:
             os.close(fd)
 
@@ -193,11 +197,11 @@ def digest(job: Job, meter: Meter) -> None:
     pieces = _pieces(0, job.total_bytes)
 
     def work(_number: int) -> None:
-        for offset, length in _take_from(pieces):
+        for offset, length in take_from(pieces):
             blake3(source.view[offset : offset + length]).digest()
 
     with meter:
-        _in_threads(job.workers, work)
+        in_threads(job.workers, work)
 
 
 def copy(job: Job, meter: Meter) -> None:
@@ -209,11 +213,11 @@ def copy(job: Job, meter: Meter) -> None:
     torch.set_num_threads(1)
 
     def work(_number: int) -> None:
-        for offset, length in _take_from(pieces):
+        for offset, length in take_from(pieces):
             target[offset : offset + length].copy_(source[offset : offset + length])
 
     with meter:
-        _in_threads(job.workers, work)
+        in_threads(job.workers, work)
 
 
 def _on_streams(job: Job, meter: Meter, move: Callable[[torch.Tensor, torch.Tensor], object]) -> None:

@@ -19,8 +19,11 @@ BUDGET_BYTES = 256 * MIB
 FILLED_PROJECT = "example.org/bench"
 """The project of the records that are searched."""
 
-DISK, CATALOG, NOTEBOOK = "disk", "catalog", "notebook"
-"""The benchmarks: of a disk, of the catalog and of notebooks."""
+DISK, CATALOG, NOTEBOOK, OBJECTS = "disk", "catalog", "notebook", "objects"
+"""The benchmarks: of a disk, of the catalog, of notebooks and of a bucket."""
+
+STORAGE_OPTIONS = "EXPSTATE_BENCH_STORAGE_OPTIONS"
+"""The variable by which child processes are told, in JSON, how the bucket is reached: command lines are seen by everybody."""
 
 LIMIT = "limit"
 SYSTEMS = (LIMIT, "expstate", "torch", "safetensors", "dcp", "torchsnapshot")
@@ -43,10 +46,12 @@ class Operation:
         What the machine must do at least, names of ``limits``; the slowest is the limit.
     device_limits : tuple of str
         The same where the state is on an accelerator.
+    object_limits : tuple of str
+        The same for a bucket; there it is measured if there is any. Of the settings, clients and requests at once, the fastest counts.
     needs_kept : bool
         Whether a snapshot taken beforehand is read.
     benchmark : str
-        Which it belongs to: that of a disk, of the catalog or of notebooks.
+        Which it belongs to: that of a disk, which is also that of a bucket, of the catalog or of notebooks.
     device_only : bool
         Whether it exists only with ``--device``.
     null_on_device : bool
@@ -57,6 +62,7 @@ class Operation:
     help: str
     limits: tuple[str, ...] = ()
     device_limits: tuple[str, ...] = ()
+    object_limits: tuple[str, ...] = ()
     needs_kept: bool = False
     benchmark: str = DISK
     device_only: bool = False
@@ -66,13 +72,18 @@ class Operation:
 OPERATIONS = {
     operation.name: operation
     for operation in (
-        Operation("take", "take, durable when it returns", ("write",), ("write", "to_host")),
-        Operation("take_budget", "take within a budget of 256 MiB", ("write",), ("write", "to_host")),
+        Operation("take", "take, durable when it returns", ("write",), ("write", "to_host"), ("put",)),
+        Operation("take_budget", "take within a budget of 256 MiB", ("write",), ("write", "to_host"), ("put",)),
         Operation("async_stall", "until async_take returns, second take of the process", ("copy",), ("to_host",), null_on_device=True),
         Operation(
-            "restore_cold", "restore, files not cached, verified where the system can", ("read",), ("read", "to_device"), needs_kept=True
+            "restore_cold",
+            "restore, files not cached, verified where the system can",
+            ("read",),
+            ("read", "to_device"),
+            ("get",),
+            needs_kept=True,
         ),
-        Operation("restore_budget", "restore_cold within a budget of 256 MiB", ("read",), ("read", "to_device"), needs_kept=True),
+        Operation("restore_budget", "restore_cold within a budget of 256 MiB", ("read",), ("read", "to_device"), ("get",), needs_kept=True),
         Operation(
             "restore_warm",
             "restore, files cached, verified",
@@ -87,7 +98,14 @@ OPERATIONS = {
             ("read_cached", "to_device"),
             needs_kept=True,
         ),
-        Operation("read_one", "the 1 MiB tensor, manifest already read, file not cached", ("read_one",), ("read_one",), needs_kept=True),
+        Operation(
+            "read_one",
+            "the 1 MiB tensor, file not cached; on a disk the manifest already read, from a bucket it is read too",
+            ("read_one",),
+            ("read_one",),
+            ("get_one",),
+            needs_kept=True,
+        ),
         Operation("small_tensors", "take and cold restore of many tensors of 1 KiB"),
         Operation("staging", "take to the null storage", (), ("to_host",), device_only=True, null_on_device=True),
         Operation("copy_device", "copy of the state on the device", (), ("copy_device",), device_only=True),
@@ -133,6 +151,16 @@ _SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "torchsnapshot": dict.fromkeys(("take", *_RESTORES, "read_one", "async_stall", "small_tensors"), ("",)),
 }
 _STREAMED = {"to_host": ("1 stream", "2 streams"), "to_device": ("1 stream", "2 streams"), "copy_device": ("",), "read_one": ("1 thread",)}
+_TRANSPORTS = ("obstore", "fsspec")
+_REQUESTS = tuple(f"{transport} {count} requests" for transport in _TRANSPORTS for count in (4, 8, 16))
+_ONE_REQUEST = tuple(f"{transport} 1 request" for transport in _TRANSPORTS)
+# To read one tensor of a bucket some must fetch all: they do not take part.
+_OBJECT_SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "torch": dict.fromkeys(("take", "restore_cold"), ("",)),
+    "safetensors": dict.fromkeys(("take", "restore_cold"), ("",)),
+    "dcp": {"take": _THREADS, **dict.fromkeys(("restore_cold", "read_one"), ("",))},
+    "torchsnapshot": dict.fromkeys(("take", "restore_cold", "read_one"), ("",)),
+}
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -170,9 +198,9 @@ class Task(msgspec.Struct, frozen=True):
     setting : str
         The system's setting, such as a number of threads; empty where it has one only.
     component : str
-        For the limits, which one.
+        For the limits, which one; for expstate in a bucket, the transport.
     folder : str
-        Empty folder for what the step writes.
+        Empty folder for what the step writes, a path or a URL; so is ``kept``.
     """
 
     operation: str
@@ -208,11 +236,13 @@ def operation_names(*, device: bool, benchmark: str = DISK) -> list[str]:
     >>> "search" in operation_names(device=False), "search" in operation_names(device=False, benchmark=CATALOG)
     (False, True)
     """
+    if benchmark == OBJECTS:
+        return [operation.name for operation in OPERATIONS.values() if operation.object_limits]
     found = [operation for operation in OPERATIONS.values() if operation.benchmark == benchmark]
     return [operation.name for operation in found if device or not operation.device_only]
 
 
-def contenders(operation: str, system: str, *, device: bool) -> list[tuple[str, str]]:
+def contenders(operation: str, system: str, *, device: bool, benchmark: str = DISK) -> list[tuple[str, str]]:
     """Pairs of component and setting in which a system takes part in an operation; none if it cannot.
 
     A system that never verifies is not compared with a verified restore from the page cache, where the digests cost as much as the reading.
@@ -223,9 +253,22 @@ def contenders(operation: str, system: str, *, device: bool) -> list[tuple[str, 
     [('write', '1 thread'), ('write', '2 threads'), ('write', '4 threads')]
     >>> contenders("restore_warm", "torch", device=False)
     []
+    >>> contenders("take", "expstate", device=False, benchmark=OBJECTS)
+    [('obstore', ''), ('fsspec', '')]
     """
+    if benchmark == OBJECTS:
+        return _object_contenders(operation, system)
     if system != LIMIT:
         return [("", setting) for setting in _SETTINGS[system].get(operation, ())]
     described = OPERATIONS[operation]
     components = described.device_limits if device else described.limits
     return [(component, setting) for component in components for setting in _STREAMED.get(component, _THREADS)]
+
+
+def _object_contenders(operation: str, system: str) -> list[tuple[str, str]]:
+    if system == "expstate":
+        return [(transport, "") for transport in _TRANSPORTS]
+    if system != LIMIT:
+        return [("", setting) for setting in _OBJECT_SETTINGS[system].get(operation, ())]
+    components = OPERATIONS[operation].object_limits
+    return [(component, setting) for component in components for setting in (_ONE_REQUEST if component == "get_one" else _REQUESTS)]

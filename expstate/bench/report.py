@@ -95,7 +95,8 @@ def records(results: Mapping[tuple[str, str, str, str], Sequence[Outcome]]) -> l
     Returns
     -------
     list of Record
-        In the order of the plan; of several settings the one with the best median, of several components of a limit the slowest.
+        In the order of the plan; of several settings the one with the best median, of several components of a limit the slowest. Another
+        system has a record of each component.
 
     Examples
     --------
@@ -112,9 +113,9 @@ def records(results: Mapping[tuple[str, str, str, str], Sequence[Outcome]]) -> l
         key = operation, system, component
         if key not in best or _rank(record) < _rank(best[key]):
             best[key] = record
-    rows: dict[tuple[str, str], Record] = {}
-    for (operation, system, _component), record in best.items():
-        row = operation, system
+    rows: dict[tuple[str, str, str], Record] = {}
+    for (operation, system, component), record in best.items():
+        row = operation, system, "" if system == LIMIT else component
         # A component that failed leaves no limit at all: the slowest is unknown then.
         if row not in rows or _median(record) > _median(rows[row]):
             rows[row] = record

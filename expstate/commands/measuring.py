@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def _prepare(parser: argparse.ArgumentParser) -> None:
-    from expstate.bench import run  # noqa: PLC0415 - a verb's modules are imported with the parser or later, not with the table
+    from expstate.bench import options  # noqa: PLC0415 - a verb's modules are imported with the parser or later, not with the table
 
-    run.add_arguments(parser)
+    options.add_arguments(parser)
 
 
 def _bench(session: Session, arguments: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ VERBS = (
     Verb(
         name="bench",
         library="expstate.bench",
-        help="Measure take and restore beside other libraries, or the catalog.",
+        help="Measure take and restore beside other libraries, on a disk or in a bucket, or the catalog.",
         details="Beside the limits of this machine too, in turn, each in a fresh process. Prints progress to stderr, a table to stdout.",
         example="expstate bench . --gib 0.01 --repeat 1 --operations take --systems limit expstate",
         call=_bench,

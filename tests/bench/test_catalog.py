@@ -13,6 +13,7 @@ import pytest
 
 from expstate.bench import catalog, run
 from expstate.bench.child import perform
+from expstate.bench.options import add_arguments, options_from
 from expstate.bench.plan import CATALOG, DISK, OPERATIONS, Task, Workload, operation_names
 from expstate.cli import main
 
@@ -21,8 +22,8 @@ SMALL = ["--gib", "0.005", "--repeat", "1", "--records", "300", "--snapshots", "
 
 def _options(*words):
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    return run.options_from(parser.parse_args(["catalog", *SMALL, *words]))
+    add_arguments(parser)
+    return options_from(parser.parse_args(["catalog", *SMALL, *words]))
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +105,17 @@ def test_options_that_cannot_be_met_are_refused(tmp_path, monkeypatch, words, me
 
 def test_a_folder_is_not_asked_for_what_the_catalog_does(tmp_path):
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
+    add_arguments(parser)
     with pytest.raises(ValueError, match="search: only with `bench catalog`"):
-        run.options_from(parser.parse_args([str(tmp_path), "--gib", "0.02", "--operations", "search"]))
+        options_from(parser.parse_args([str(tmp_path), "--gib", "0.02", "--operations", "search"]))
 
 
 def test_a_folder_that_is_named_catalog_is_a_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("catalog").mkdir()
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    options = run.options_from(parser.parse_args(["./catalog", "--gib", "0.02"]))
+    add_arguments(parser)
+    options = options_from(parser.parse_args(["./catalog", "--gib", "0.02"]))
     of_catalog = _options()
 
     assert {DISK} == {OPERATIONS[name].benchmark for name in options.operations}

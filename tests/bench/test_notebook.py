@@ -10,6 +10,7 @@ import pytest
 
 from expstate.bench import run
 from expstate.bench.child import perform
+from expstate.bench.options import add_arguments, options_from
 from expstate.bench.plan import MIB, NOTEBOOK, OPERATIONS, Task, Workload, operation_names
 
 SMALL = ["--repeat", "1", "--gib", "0.005", "--records", "300", "--small-tensors", "25"]
@@ -17,8 +18,8 @@ SMALL = ["--repeat", "1", "--gib", "0.005", "--records", "300", "--small-tensors
 
 def _options(*words):
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    return run.options_from(parser.parse_args(["notebook", *words]))
+    add_arguments(parser)
+    return options_from(parser.parse_args(["notebook", *words]))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,10 @@ def test_a_model_of_one_gib_is_taken_unless_another_size_is_asked_for(tmp_path, 
     assert {NOTEBOOK} == {OPERATIONS[name].benchmark for name in options.operations}
     assert ["limit", "expstate"] == options.systems
     with pytest.raises(ValueError, match="status: only with `bench notebook`"):
-        run.options_from(_parsed(str(tmp_path), "--gib", "0.02", "--operations", "status"))
+        options_from(_parsed(str(tmp_path), "--gib", "0.02", "--operations", "status"))
 
 
 def _parsed(*words):
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(words)

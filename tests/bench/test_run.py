@@ -13,6 +13,7 @@ import torch
 
 from expstate.bench import run
 from expstate.bench.child import perform
+from expstate.bench.options import add_arguments, options_from
 from expstate.bench.plan import GIB, MODULES, OPERATIONS, SYSTEMS, Outcome, Task, Workload, contenders, operation_names
 from expstate.cli import main
 
@@ -30,8 +31,8 @@ def _settings_of_torch():
 
 def _options(tmp_path, *words):
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    return run.options_from(parser.parse_args([str(tmp_path), "--gib", "0.02", "--repeat", "1", "--small-tensors", "200", *words]))
+    add_arguments(parser)
+    return options_from(parser.parse_args([str(tmp_path), "--gib", "0.02", "--repeat", "1", "--small-tensors", "200", *words]))
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,18 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from expstate.errors import UnsafePathError
-from expstate.storage.objects.client import ABSENT, ObjectClient
+from expstate.errors import UnsafePathError, UnsupportedSchemeError
+from expstate.storage.objects.client import ABSENT, ObjectClient, TransientError
 from expstate.storage.objects.fsspec import client
 
-from .client_tests import ClientTests, fails, interrupted
+from .client_tests import SECRET, ClientTests, fails, interrupted
 from .faults import Delay, Fault
 from .proxy import FaultProxy
 from .servers import S3Server
@@ -105,8 +105,8 @@ class TestFolders(ClientTests):
     has_buckets = False
     opens_in = """
         from expstate.storage.objects.fsspec import client as open_client
-        client = open_client("local", {bucket!r}, {options!r})
-        client._root += {bucket!r} + "/"
+        client = open_client("local", "", {options!r})
+        client._root = "/" + {bucket!r} + "/"
     """
 
     @pytest.fixture
@@ -177,6 +177,64 @@ class TestFolders(ClientTests):
                 lambda key=key: client.delete(key),
             ):
                 fails(action, UnsafePathError)
+
+
+class _Flaky(LocalFileSystem):
+    """A file system whose connection does not come back once it is lost."""
+
+    made: ClassVar[list[_Flaky]] = []
+    is_lost = False
+    is_closed = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.made.append(self)
+        self.client = self
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def cat_file(self, *args: Any, **kwargs: Any) -> bytes:
+        if self.is_lost:
+            said = "Socket is closed"  # as paramiko does
+            raise OSError(said)
+        return super().cat_file(*args, **kwargs)
+
+
+def test_a_connection_that_was_lost_is_made_anew(tmp_path: Path) -> None:
+    fsspec.register_implementation("flaky", _Flaky, clobber=True)
+    with contextlib.closing(client("flaky", "", {})) as flaky:
+        key = f"{tmp_path}/key".strip("/")
+        flaky.put(key, [b"data"])
+        assert bytes(flaky.get(key, 0, 4)) == b"data"
+        _Flaky.made[0].is_lost = True
+        fails(lambda: flaky.get(key, 0, 4), TransientError)
+        assert bytes(flaky.get(key, 0, 4)) == b"data"
+        assert [True, False] == [files.is_closed for files in _Flaky.made]
+    assert [True, True] == [files.is_closed for files in _Flaky.made]
+
+
+def test_a_scheme_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(UnsupportedSchemeError, match="nowhere://"):
+        client("nowhere", "bucket", {})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bucket", "shown"),
+    [
+        ("sftp", f"me:{SECRET}@host:22", "sftp://host:22"),
+        ("sftp", "me@host", "sftp://host"),
+        ("memory", "bucket?token=x", "memory://bucket"),
+        ("abfs", "container@account.dfs.core.windows.net", "abfs://container@account.dfs.core.windows.net"),
+        ("abfs", f"me:{SECRET}@account", "abfs://account"),
+    ],
+)
+def test_a_url_is_shown_without_who_logs_in(scheme: str, bucket: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if scheme != "memory":
+        monkeypatch.setattr("expstate.storage.objects.fsspec.get_filesystem_class", lambda _: LocalFileSystem)
+    found = client(scheme, bucket, {"password": SECRET})
+    assert found.url == shown
+    assert SECRET not in f"{found!r} {found.store}"
 
 
 class TestAsynchronous(ClientTests):

@@ -48,6 +48,11 @@ def test_what_a_coroutine_returns_or_raises_is_handed_on(loop: Loop) -> None:
         loop.run(fail)
 
 
+def test_a_function_that_raises_before_its_coroutine_begins_is_heard(loop: Loop) -> None:
+    with pytest.raises(TypeError):
+        loop.run(lambda: answer(1, 2))  # type: ignore[call-arg]
+
+
 def test_many_threads_share_one_loop(loop: Loop) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert list(range(2000)) == list(pool.map(lambda number: loop.run(lambda: answer(number)), range(2000)))
@@ -93,6 +98,7 @@ def test_a_second_interrupt_does_not_leave_the_coroutine_running(loop: Loop) -> 
     assert ended == [True]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt that hits a destructor
 def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop) -> None:
     running = []
 

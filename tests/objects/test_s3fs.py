@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import random
+import ssl
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -12,6 +20,7 @@ from expstate.storage.objects.client import ABSENT, ObjectClient, TransientError
 
 pytest.importorskip("s3fs")
 
+from expstate.storage.objects.loop import Loop
 from expstate.storage.objects.s3fs import S3Client, client
 
 from .client_tests import MIB, SECRET, ClientTests, FaultTests, fails, interrupted
@@ -202,3 +211,99 @@ class TestS3fs(ClientTests, FaultTests):
     def test_a_conflict_is_not_taken_for_an_object_that_exists(self, proxied: ObjectClient, proxy: FaultProxy) -> None:
         proxy.add(Fault(s3_error(409, "ConditionalRequestConflict"), headers="if-none-match"))
         fails(lambda: proxied.put("new", [b"data"], condition=ABSENT), TransientError)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The certificate and the key of a server at ``localhost``, in one file."""
+    pytest.importorskip("cryptography")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(timezone.utc)
+    built = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - timedelta(1), now + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("certificate") / "localhost.pem"
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(built.public_bytes(serialization.Encoding.PEM) + secret)
+    return path
+
+
+class TestS3fsOverTls:
+    """As with Amazon: bodies in chunks with the checksum behind them, through a proxy that breaks things behind the encryption."""
+
+    @pytest.fixture
+    def url(self, certificate: Path, s3_proxy: FaultProxy) -> Iterator[str]:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+
+        async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while piece := await reader.read(1 << 18):
+                    writer.write(piece)
+                    await writer.drain()
+            writer.close()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            other_reader, other_writer = await asyncio.open_connection("127.0.0.1", urlsplit(s3_proxy.url).port)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(pump(reader, other_writer), pump(other_reader, writer))
+            writer.transport.abort()
+            other_writer.transport.abort()
+
+        with contextlib.closing(Loop("tls")) as loop:
+            server = loop.run(lambda: asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+            yield f"https://localhost:{server.sockets[0].getsockname()[1]}"
+            loop.run(lambda: _close(server))
+
+    @pytest.fixture
+    def client(self, s3_server: S3Server, s3_bucket: str, url: str, certificate: Path) -> Iterator[ObjectClient]:
+        options = s3_server.storage_options(endpoint_url=url)
+        options["client_kwargs"] = {**options["client_kwargs"], "verify": str(certificate)}
+        with contextlib.closing(client("s3", s3_bucket, options)) as safe:
+            yield safe
+
+    def test_bodies_arrive_with_their_checksum(self, client: ObjectClient, s3_proxy: FaultProxy) -> None:
+        data = memoryview(random.randbytes(9 * MIB))
+        client.put("key", [data[:100], data[100 : 3 * MIB], b"", data[3 * MIB :]], condition=ABSENT, write_id="id")
+        (request,) = s3_proxy.requests
+        assert "aws-chunked" in request.headers["content-encoding"]
+        assert request.headers["x-amz-trailer"] == "x-amz-checksum-crc32"
+        assert bytes(client.get("key", 0, 9 * MIB)) == data
+        assert client.get_whole("key")[0] == data
+        assert client.write_id("key") == "id"
+        fails(lambda: client.put("key", [data], condition=ABSENT), FileExistsError)
+        client.put("empty", [])
+        assert client.head("empty").size == 0
+        upload = client.begin_upload("parts")
+        client.finish_upload("parts", upload, {1: client.put_part("parts", upload, 1, [data])})
+        assert client.get_whole("parts")[0] == data
+
+    def test_a_bit_that_turns_behind_the_encryption_is_not_stored(self, client: ObjectClient, s3_proxy: FaultProxy) -> None:
+        s3_proxy.add(Fault(Flip(at=1000, upload=True), method="PUT"))
+        fails(lambda: client.put("key", [bytes(MIB)]), TransientError)
+        s3_proxy.clear()
+        fails(lambda: client.head("key"), FileNotFoundError)
+
+    def test_nothing_appears_after_an_interrupt(self, client: ObjectClient, s3_proxy: FaultProxy) -> None:
+        client.put("key", [b"data"])
+        s3_proxy.add(Fault(Delay(1.5), method="PUT"))
+        interrupted(lambda: client.put("new", [bytes(32 * MIB)]))
+        s3_proxy.clear()
+        time.sleep(2)
+        assert [info.key for info in client.list("")] == ["key"]
+
+    def test_a_server_that_cannot_be_trusted_is_not_tried_again(self, s3_server: S3Server, s3_bucket: str, url: str) -> None:
+        with contextlib.closing(client("s3", s3_bucket, s3_server.storage_options(endpoint_url=url))) as wary:
+            assert "certificate" in str(fails(lambda: wary.put("key", [b"data"]), StorageError))
+
+
+async def _close(server: asyncio.Server) -> None:
+    server.close()

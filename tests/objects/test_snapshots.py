@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from expstate.engine.lease import LEASE_SECONDS
 from expstate.storage.registry import open_storage
 from expstate.testing.cases import TOKEN
 
-from .faults import Fault, Flip, Lost, Reset, Shrink, gcs_error, s3_error
+from .faults import Fault, Flip, Hang, Lost, Reset, Shrink, gcs_error, s3_error
 from .proxy import FaultProxy
 from .servers import GcsServer, S3Server
 
@@ -325,6 +326,31 @@ def test_an_interrupt_leaves_nothing_and_nothing_appears_later(store: Store) -> 
     store.proxy.latency = 0
 
     assert [] == files(url)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_take_whose_requests_hang_is_cancelled_at_once(
+    buckets: dict[str, str], s3_server: S3Server, gcs_server: GcsServer, scheme: str
+) -> None:
+    server = s3_server if scheme == "s3" else gcs_server
+    root = f"{scheme}://{buckets[scheme]}"
+    with FaultProxy(server.url) as proxy, settings.override(transport="fsspec", object_file_bytes=MIB):
+        configure(storage_options={root: server.storage_options(endpoint_url=proxy.url)})
+        url = f"{root}/run-{uuid.uuid4().hex[:8]}"
+        hanging = proxy.add(Fault(Hang(), method="PUT|POST", nth=3, times=1000))
+        pending = Snapshot.async_take(url, app_state(1))
+        while not hanging.hits:
+            time.sleep(0.01)
+        threading.Timer(0.1, pending.cancel).start()
+        begun = time.monotonic()
+        with pytest.raises(errors.TakeCancelledError):
+            pending.wait()
+        took = time.monotonic() - begun
+        proxy.clear()
+        assert [] == files(url)
+        configure(storage_options={root: {}})
+
+    assert took < 20  # and not the minute that a reply is waited for
 
 
 _TAKER = """

@@ -17,7 +17,7 @@ from expstate.storage.objects.client import TransientError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CREDENTIALS = "check the credentials, and that they may do this in this bucket"
+_CREDENTIALS = "check the credentials, and that they may do this here"
 _REGION = "check the region, the endpoint and the name of the bucket"
 _CLOCK = "check the clock of this machine"
 
@@ -45,7 +45,16 @@ _CODES_THROTTLED = {
     "rateLimitExceeded",
     "userRateLimitExceeded",
 }
-_CODES_BUSY = {"BadDigest", "IncompleteBody", "InternalError", "OperationAborted", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+_CODES_BUSY = {
+    "BadDigest",
+    "IncompleteBody",
+    "InternalError",
+    "InvalidDigest",
+    "OperationAborted",
+    "RequestTimeout",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
 _CODES_DENIED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "ExpiredTokenException"}
 _CODES_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 _CODES_CLOCK = {"RequestTimeTooSkewed", "RequestExpired"}
@@ -53,7 +62,14 @@ _CODES_FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "quo
 _CODES_EXIST = {"BlobAlreadyExists", "PreconditionFailed"}
 
 # Of libraries that need not be there, so by name; the first part is that of the package.
-_FINAL = {"aiohttp.ClientSSLError", "aiohttp.InvalidURL", "botocore.SSLError", "requests.SSLError", "ssl.SSLCertVerificationError"}
+_FINAL = {
+    "aiohttp.ClientSSLError",
+    "aiohttp.InvalidURL",
+    "botocore.SSLError",
+    "paramiko.BadHostKeyException",
+    "requests.SSLError",
+    "ssl.SSLCertVerificationError",
+}
 _TRANSIENT = {
     "aiohttp.ClientConnectionError",
     "aiohttp.ClientPayloadError",
@@ -74,6 +90,8 @@ _TRANSIENT = {
     "google.TransportError",
     "http.HTTPException",
     "httpx.TransportError",
+    "paramiko.NoValidConnectionsError",
+    "paramiko.SSHException",
     "requests.ChunkedEncodingError",
     "requests.ConnectionError",
     "requests.Timeout",
@@ -91,6 +109,8 @@ _NO_CREDENTIALS = {
     "google.GoogleAuthError",
     "paramiko.AuthenticationException",
 }
+_CLOSED = "Socket is closed"
+"""What paramiko says after a connection has broken, without a number."""
 _TRANSIENT_NUMBERS = {
     errno.EAGAIN,
     errno.ECONNABORTED,
@@ -216,10 +236,10 @@ def _failed(error: Exception, what: str, said: str) -> Exception:  # noqa: PLR09
     message = f"{what} failed: {said}"
     if names & _FINAL:
         return StorageError(message)
-    if names & _TRANSIENT or numbers & _TRANSIENT_NUMBERS:
-        return TransientError(message)
-    if names & _NO_CREDENTIALS:
+    if names & _NO_CREDENTIALS and "google.TransportError" not in names:
         return StoragePermissionError(f"{message}; {_CREDENTIALS}", errno.EACCES)
+    if names & _TRANSIENT or numbers & _TRANSIENT_NUMBERS or str(error) == _CLOSED:
+        return TransientError(message)
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return FileNotFoundError(f"{what} failed: there is no such file")
     if isinstance(error, FileExistsError):

@@ -26,7 +26,7 @@ from expstate.errors import (
     UnsafePathError,
     UnsupportedSchemeError,
 )
-from expstate.storage.objects.client import ABSENT, ObjectClient, ObjectInfo
+from expstate.storage.objects.client import ABSENT, ObjectClient, ObjectInfo, TransientError
 from expstate.storage.objects.failures import explain, masked, refusal
 from expstate.storage.objects.loop import Loop
 
@@ -154,6 +154,15 @@ class FsspecClient(ObjectClient):
                     weakref.finalize(self._made, self._loop.close).atexit = False
             return self._made
 
+    def _drop(self, files: Any) -> None:
+        """Have the next request made by a new file system: one that has lost its connection, as that of sftp, does not make another."""
+        with self._making:
+            if files is None or self._made is not files:
+                return
+            finalizer, self._finalizer, self._made = self._finalizer, None, None
+        if finalizer is not None:
+            finalizer()
+
     def close(self) -> None:
         with self._making:
             self._is_closed = True
@@ -166,10 +175,14 @@ class FsspecClient(ObjectClient):
     def _try(self, what: str, key: str, action: Callable[[Any], Result]) -> Result:
         """What ``action`` gives for the file system; what it raises as one of our errors."""
         where = f"{self.url}/{key}" if key else self.url
+        files = None
         try:
-            return action(self._files())
+            files = self._files()
+            return action(files)
         except Exception as error:  # noqa: BLE001 - told apart by its cause
             failure = explain(error, f"{what} {where!r}", self._options)
+        if isinstance(failure, TransientError) and self._loop is None:
+            self._drop(files)
         # Here, so that what has a secret in it is not its context either.
         raise failure
 

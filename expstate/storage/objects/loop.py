@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from expstate.errors import StorageError
+from expstate.storage.objects import retry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _WAKE_SECONDS = 0.5
-"""A thread that waits looks up so often: where an interrupt is no signal of the system, it is seen only then."""
+"""A thread that waits looks up so often: whether its operation was stopped, and where an interrupt is no signal of the system, for that."""
 _END_SECONDS = 10.0
 """So long a coroutine that was cancelled is waited for: one that does not end by then waits for something that cannot be cancelled."""
 
@@ -31,6 +32,8 @@ class _Call(Generic[Result]):
     def __init__(self, function: Callable[[], Coroutine[Any, Any, Result]]) -> None:
         self._function = function
         self._task: asyncio.Task[Result] | None = None
+        self._value: list[Result] = []
+        self._error: BaseException | None = None
         self._has_ended = False
         # Not an event: an interrupt inside of its methods can leave it locked, and the loop would wait for it.
         self._gate = threading.Lock()
@@ -38,14 +41,26 @@ class _Call(Generic[Result]):
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         # Made here and not by the caller, so that an interrupt cannot leave a coroutine that nobody has awaited.
-        self._task = loop.create_task(self._function())
-        self._task.add_done_callback(lambda _: self._end())
+        self._task = loop.create_task(self._run())
+        self._task.add_done_callback(self._note)
+
+    async def _run(self) -> Result:
+        return await self._function()
 
     def cancel(self) -> None:
-        if self._task is None:  # the interrupt came before it was handed over
-            self._end()
-        else:
+        if self._task is not None:
             self._task.cancel()
+        elif not self._has_ended:  # the interrupt came before it was handed over
+            self._end()
+
+    def _note(self, task: asyncio.Task[Result]) -> None:
+        # The caller never has the task: what asyncio does when it is gone, in the caller's thread, would swallow an interrupt.
+        self._task = None
+        if not task.cancelled():
+            self._error = task.exception()
+            if self._error is None:
+                self._value.append(task.result())
+        self._end()
 
     def _end(self) -> None:
         self._has_ended = True
@@ -56,10 +71,17 @@ class _Call(Generic[Result]):
         return self._has_ended or self._gate.acquire(timeout=seconds)
 
     def result(self) -> Result:
-        if self._task is None or self._task.cancelled():
-            msg = "the request was cancelled: its client was closed meanwhile"
-            raise StorageError(msg)
-        return self._task.result()
+        if self._value:
+            return self._value.pop()
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # which has this frame in its traceback
+        # Never a result: what was cancelled has not been done, or not been seen to be.
+        msg = "the request was cancelled: its client was closed meanwhile"
+        raise StorageError(msg)
 
 
 class Loop:
@@ -94,7 +116,7 @@ class Loop:
         try:
             loop.call_soon_threadsafe(call.start, loop)
             while not call.wait(_WAKE_SECONDS):
-                pass
+                retry.check()
         except BaseException:
             self._end(call, loop)
             raise

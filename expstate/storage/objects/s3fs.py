@@ -260,8 +260,8 @@ class S3Client(FsspecClient):
 class _Session(AIOHTTPSession):  # type: ignore[misc] # a class without types
     """aiobotocore's way to aiohttp, by which a request is sent once, and one that was cancelled is cut off."""
 
-    async def _get_session(self, proxy_url: str | None) -> Any:
-        session = await super()._get_session(proxy_url)
+    async def _get_session(self, *proxy: Any) -> Any:
+        session = await super()._get_session(*proxy)
         session._retry_connection = False  # noqa: SLF001 - aiohttp has no public switch for sending a request again
         return session
 
