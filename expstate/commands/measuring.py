@@ -35,7 +35,7 @@ VERBS = (
     Verb(
         name="bench",
         library="expstate.bench",
-        help="Measure take and restore beside other libraries, on a disk or in a bucket, or the catalog.",
+        help="Measure takes, restores and searches beside other libraries.",
         details="Beside the limits of this machine too, in turn, each in a fresh process. Prints progress to stderr, a table to stdout.",
         example="expstate bench . --gib 0.01 --repeat 1 --operations take --systems limit expstate",
         call=_bench,
