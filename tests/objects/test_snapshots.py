@@ -342,15 +342,12 @@ def test_a_take_whose_requests_hang_is_cancelled_at_once(
         while not hanging.hits:
             time.sleep(0.01)
         threading.Timer(0.1, pending.cancel).start()
-        begun = time.monotonic()
+        # Not the minute that a reply is waited for.
         with pytest.raises(errors.TakeCancelledError):
-            pending.wait()
-        took = time.monotonic() - begun
+            pending.wait(30)
         proxy.clear()
         assert [] == files(url)
         configure(storage_options={root: {}})
-
-    assert took < 20  # and not the minute that a reply is waited for
 
 
 _TAKER = """
