@@ -445,6 +445,15 @@ class FaultTests:
             for info in proxied.list(""):
                 assert info.key == "key"
 
+    def test_what_the_caller_is_handling_is_not_taken_for_the_answer(self, proxied: ObjectClient, proxy: FaultProxy) -> None:
+        try:
+            proxied.put("key", [b"data"], condition=ABSENT)
+        except FileExistsError:
+            proxy.add(Fault(Reset()))
+            for action in self.actions(proxied).values():
+                fails(action, TransientError)
+        proxy.clear()
+
     def test_after_a_lost_reply_the_object_is_there_and_says_who_wrote_it(self, proxied: ObjectClient, proxy: FaultProxy) -> None:
         proxy.add(Fault(Lost(), method="PUT|POST"))
         fails(lambda: proxied.put("new", [b"data"], condition=ABSENT, write_id="mine"), TransientError)
@@ -464,6 +473,9 @@ class FaultTests:
                 assert time.monotonic() - begun < 20
             proxy.clear()
             assert bytes(client.get("key", 0, 5)) == b"01234"
+
+    def test_a_range_may_end_anywhere(self, proxied: ObjectClient) -> None:
+        assert bytes(proxied.get("key", 7, 1 << 50)) == b"789"
 
     def test_fewer_bytes_than_asked_for_are_handed_on(self, proxied: ObjectClient, proxy: FaultProxy) -> None:
         proxy.add(Fault(Shrink(keep=3), method="GET"))

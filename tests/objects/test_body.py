@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import random
 from typing import Any
 
@@ -115,3 +116,30 @@ def test_it_goes_in_pieces_to_a_library_that_iterates() -> None:
         return b"".join([bytes(piece) async for piece in Body(buffers, 60)])
 
     assert asyncio.run(collect()) == b"".join(buffers)
+
+
+def test_a_server_that_answers_early_gets_no_more_of_it() -> None:
+    """Buffers are the caller's again as soon as there is an answer."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 412 No\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):  # noqa: ASYNC110 - slower than the client
+                await asyncio.sleep(0.01)
+        ended.set()
+        writer.close()
+
+    ended = asyncio.Event()
+
+    async def ask() -> int:
+        body = Body([bytes(64 << 20)], 60)
+        async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server, aiohttp.ClientSession() as session:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+            async with session.put(url, data=body) as reply:
+                body.answered()
+            await asyncio.wait_for(ended.wait(), 20)
+            return reply.status
+
+    assert asyncio.run(ask()) == 412

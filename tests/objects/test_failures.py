@@ -184,3 +184,25 @@ def test_words_that_are_no_secrets_stay() -> None:
 
 def test_a_long_answer_is_cut() -> None:
     assert len(str(explained(RefusedError(500, "", "word " * 10_000)))) < 700
+
+
+def test_what_an_error_came_from_is_told_too() -> None:
+    failure = explained(wrapped(OSError("Could not connect"), ConnectionResetError("the peer has reset it")))
+    assert "OSError: Could not connect (ConnectionResetError: the peer has reset it)" in str(failure)
+    assert "again" not in str(explained(wrapped(OSError("it failed: once"), OSError("once"))))
+
+
+def test_what_the_caller_is_handling_is_not_what_an_error_came_from() -> None:
+    try:
+        fail(wrapped(FileExistsError(), RefusedError(412)))
+    except FileExistsError:
+        try:
+            fail(ConnectionResetError())
+        except ConnectionResetError as error:
+            caught = error
+        assert type(explained(caught)) is TransientError
+        assert type(explained(wrapped(OSError("text"), RefusedError(404)))) is FileNotFoundError
+
+
+def fail(error: Exception) -> None:
+    raise error

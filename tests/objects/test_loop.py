@@ -53,6 +53,22 @@ def test_a_function_that_raises_before_its_coroutine_begins_is_heard(loop: Loop)
         loop.run(lambda: answer(1, 2))  # type: ignore[call-arg]
 
 
+def test_an_exception_keeps_what_it_came_from(loop: Loop) -> None:
+    async def fail_twice() -> None:
+        try:
+            await fail()
+        except LookupError:
+            raise TypeError  # noqa: B904 - as libraries do
+
+    try:
+        int("no number")
+    except ValueError:
+        with pytest.raises(TypeError) as caught:
+            loop.run(fail_twice)
+    assert type(caught.value.__cause__) is KeyError
+    assert caught.value.__cause__.__cause__ is None
+
+
 def test_many_threads_share_one_loop(loop: Loop) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert list(range(2000)) == list(pool.map(lambda number: loop.run(lambda: answer(number)), range(2000)))

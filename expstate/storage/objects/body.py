@@ -32,6 +32,7 @@ class _Body(Payload):
         super().__init__(value, content_type="application/octet-stream")
         self._stall_seconds = stall_seconds
         self._transport: asyncio.Transport | None = None
+        self._is_sent = False
 
     async def _send(self, writer: Any, piece: Buffer) -> None:
         transport = self._transport = writer.transport
@@ -42,6 +43,11 @@ class _Body(Payload):
         finally:
             if timer is not None:
                 timer.cancel()
+
+    def answered(self) -> None:
+        """Break the connection if the server has answered without waiting for all of the body, so that no more of that is read."""
+        if not self._is_sent:
+            self.abort()
 
     def abort(self) -> None:
         """Break the connection that the body went through. What the server does not have yet, it never gets."""
@@ -102,6 +108,7 @@ class Body(_Body):
         self._at = 0
         while piece := self.read(_PIECE_BYTES):
             await self._send(writer, piece)
+        self._is_sent = True
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:  # noqa: ARG002 - it is that of the body
         await self.write(writer)
@@ -123,6 +130,7 @@ class ChunkedBody(_Body):
     async def write(self, writer: AbstractStreamWriter) -> None:
         async for chunk in self._value:
             await self._send(writer, chunk)
+        self._is_sent = True
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:  # noqa: ARG002 - not known
         await self.write(writer)

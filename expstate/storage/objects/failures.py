@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -145,10 +146,11 @@ class RefusedError(Exception):
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what it came from."""
+    """An exception, and what it came from; not what was being handled already when it was raised."""
+    handled = sys.exc_info()[1]
     seen: set[int] = set()
     now: BaseException | None = error
-    while now is not None and id(now) not in seen:
+    while now is not None and id(now) not in seen and (now is error or now is not handled):
         seen.add(id(now))
         yield now
         now = now.__cause__ or (None if now.__suppress_context__ else now.__context__)
@@ -193,6 +195,10 @@ def explain(error: Exception, what: str, options: Mapping[str, Any]) -> Exceptio
         What was being done, with the key: ``"writing 's3://bucket/key'"``.
     options : mapping
         Those of the file system. What looks like a secret in them is masked wherever it is met.
+
+    Notes
+    -----
+    To be called when the exception is not being handled any more: what is being handled then is not what it came from.
     """
     if isinstance(error, (ExpstateError, MemoryError)):
         return error
@@ -201,8 +207,8 @@ def explain(error: Exception, what: str, options: Mapping[str, Any]) -> Exceptio
         failure = _refused(answer, what, masked(str(answer), options).rstrip("."))
     else:
         failure = _failed(error, what, masked(_said(error), options).rstrip("."))
-    if all(str(link) == _without_secrets(str(link), options) for link in chain(error)):
-        failure.__cause__ = error
+    is_clean = all(str(link) == _without_secrets(str(link), options) for link in chain(error))
+    failure.__cause__ = error if is_clean else None
     return failure
 
 
@@ -252,8 +258,9 @@ def _failed(error: Exception, what: str, said: str) -> Exception:  # noqa: PLR09
 
 
 def _said(error: BaseException) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """Its words, and those of what it came from in the end, if these are others."""
+    texts = [f"{type(link).__name__}: {link}" if str(link) else type(link).__name__ for link in chain(error)]
+    return texts[0] if str(list(chain(error))[-1]) in texts[0] else f"{texts[0]} ({texts[-1]})"
 
 
 def masked(text: str, options: Mapping[str, Any]) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 import weakref
 from datetime import datetime, timezone
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec import AbstractFileSystem, get_filesystem_class
@@ -21,17 +21,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from expstate.errors import (
     InvalidArgumentError,
-    ManifestTooLargeError,
     StorageError,
     UnsafePathError,
     UnsupportedSchemeError,
 )
 from expstate.storage.objects.client import ABSENT, ObjectClient, ObjectInfo, TransientError
-from expstate.storage.objects.failures import explain, masked, refusal
+from expstate.storage.objects.failures import explain, masked
 from expstate.storage.objects.loop import Loop
+from expstate.storage.objects.replies import check_limit, is_past_end
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
     from expstate.storage.objects.client import Buffer
 
@@ -44,6 +44,7 @@ _AZURE = {"abfs", "abfss", "adl", "az"}
 _OURS = {"asynchronous", "loop", "skip_instance_cache", "use_listings_cache"}
 _VERSION_NAMES = ("generation", "ETag", "etag", "e_tag", "checksum", "md5", "content_md5")
 _TIME_NAMES = ("mtime", "LastModified", "last_modified", "modified", "timeCreated", "updated", "created", "creation_time")
+_FRACTION = re.compile(r"\.[0-9]+")
 
 _memory_lock = threading.RLock()
 """What is in ``memory://`` is this process's: under it, a look and a write are one for all clients."""
@@ -180,10 +181,11 @@ class FsspecClient(ObjectClient):
             files = self._files()
             return action(files)
         except Exception as error:  # noqa: BLE001 - told apart by its cause
-            failure = explain(error, f"{what} {where!r}", self._options)
+            caught = error
+        # Here, so that neither what has a secret in it is its context, nor what the caller is handling its cause.
+        failure = explain(caught, f"{what} {where!r}", self._options)
         if isinstance(failure, TransientError) and self._loop is None:
             self._drop(files)
-        # Here, so that what has a secret in it is not its context either.
         raise failure
 
     def _run(self, what: str, key: str, function: Callable[[Any], Coroutine[Any, Any, Result]]) -> Result:
@@ -310,8 +312,10 @@ class FsspecClient(ObjectClient):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         folder = prefix.rpartition("/")[0]
         self._forget()
-        finds = self._kind.find is not AbstractFileSystem.find if self._loop is None else self._kind._find is not AsyncFileSystem._find  # noqa: SLF001
-        for info in self._found(folder) if finds else self._walked(folder):
+        # Its own way is one for a store without folders; fsspec's leaves out without a word what it cannot read.
+        general = AbstractFileSystem.find if self._loop is None else AsyncFileSystem._find  # noqa: SLF001 - fsspec's asynchronous names
+        has_own = getattr(self._kind, general.__name__) is not general
+        for info in self._found(folder) if has_own else self._walked(folder):
             key = self._key(info["name"])
             if info.get("type") == "file" and key.startswith(prefix):
                 yield self._info(key, info)
@@ -321,7 +325,6 @@ class FsspecClient(ObjectClient):
             yield from self._call("listing", folder, "find", self._path(folder).rstrip("/") or self._root, detail=True).values()
 
     def _walked(self, folder: str) -> Iterator[Mapping[str, Any]]:
-        # Not by fsspec's find, which leaves out without a word what it cannot read.
         folders = [folder]
         while folders:
             for info in self._listed(folders.pop()):
@@ -373,45 +376,6 @@ class FsspecClient(ObjectClient):
         return True
 
 
-def is_past_end(error: Exception) -> bool:
-    """Whether a server has refused a range since the object has no byte of it."""
-    answer = refusal(error)
-    return answer is not None and answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-
-
-async def filled(chunks: AsyncGenerator[bytes, None], size: int, skipped: int = 0) -> memoryview:
-    """The bytes of a reply from the one numbered ``skipped`` on, as many as there are but no more than ``size``."""
-    target = bytearray(size)
-    end = 0
-    async with contextlib.aclosing(chunks):
-        async for chunk in chunks:
-            part = memoryview(chunk)[skipped:][: size - end]
-            skipped = max(0, skipped - len(chunk))
-            target[end : end + len(part)] = part
-            end += len(part)
-    return memoryview(target)[:end]
-
-
-async def joined(chunks: AsyncGenerator[bytes, None], url: str, size: int, limit: int | None) -> bytes:
-    """All bytes of a reply that says that it has ``size`` of them, if these are no more than ``limit``."""
-    pieces = []
-    async with contextlib.aclosing(chunks):
-        check_limit(url, size, limit)
-        size = 0
-        async for chunk in chunks:
-            size += len(chunk)
-            check_limit(url, size, limit)
-            pieces.append(chunk)
-    return b"".join(pieces)
-
-
-def check_limit(url: str, size: int, limit: int | None) -> None:
-    """Raise ``ManifestTooLargeError`` if an object of this size is not read."""
-    if limit is not None and size > limit:
-        msg = f"{url} has {size:,} bytes or more, more than the {limit:,} that are read"
-        raise ManifestTooLargeError(msg)
-
-
 def _let_go(files: Any, loop: Loop | None, pid: int) -> None:
     """Close the connections of a file system, and its loop if nobody but this function needs that."""
     if pid != os.getpid():  # they are the parent's
@@ -450,10 +414,17 @@ def _shown(scheme: str, bucket: str) -> str:
 
 
 def _seconds(value: object) -> float | None:
-    """Seconds since 1970 of what file systems give as a time, if it is one."""
+    """Seconds since 1970 of what file systems give as a time, if it is one.
+
+    Examples
+    --------
+    >>> _seconds("1970-01-01T00:01:00.25Z"), _seconds(60), _seconds("noon")
+    (60.25, 60.0, None)
+    """
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+            # Python 3.10 wants six digits behind the point.
+            value = datetime.fromisoformat(_FRACTION.sub(lambda found: found[0].ljust(7, "0")[:7], value.replace("Z", "+00:00")))
     if isinstance(value, datetime):
         return (value if value.tzinfo is not None else value.replace(tzinfo=timezone.utc)).timestamp()
     return float(value) if isinstance(value, (int, float)) else None

@@ -24,7 +24,8 @@ from expstate.errors import InvalidArgumentError, StorageError
 from expstate.storage.objects.body import Body
 from expstate.storage.objects.client import ABSENT, WRITE_ID, ObjectClient, ObjectInfo, TransientError
 from expstate.storage.objects.failures import RefusedError
-from expstate.storage.objects.fsspec import FsspecClient, filled, is_past_end, joined
+from expstate.storage.objects.fsspec import FsspecClient
+from expstate.storage.objects.replies import filled, is_past_end, joined
 
 # Else gcsfs asks what kind each bucket is, which takes a minute where an endpoint does not know that question.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -100,7 +101,7 @@ class GcsClient(FsspecClient):
 
     @contextlib.asynccontextmanager
     async def _reply(
-        self, files: Any, method: str, url: str, query: Mapping[str, str | None], **kwargs: Any
+        self, files: Any, method: str, url: str, query: Mapping[str, str | None], body: Body | None = None, **kwargs: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The reply to one request: by gcsfs's session, since gcsfs tries again what fails."""
         session = await self._connect(files)
@@ -112,10 +113,21 @@ class GcsClient(FsspecClient):
             kwargs["timeout"] = given if isinstance(given, aiohttp.ClientTimeout) else aiohttp.ClientTimeout(total=given)
         elif "timeout" not in files.session_kwargs:
             kwargs["timeout"] = aiohttp.ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
-        async with session.request(method, URL(f"{url}?{params}" if params else url, encoded=True), headers=headers, **kwargs) as reply:
-            if not HTTPStatus.OK <= reply.status < HTTPStatus.MULTIPLE_CHOICES:
-                raise _refused(reply.status, await reply.content.read(_MOST_SAID_BYTES))
-            yield reply
+        url = f"{url}?{params}" if params else url
+        try:
+            reply = await session.request(method, URL(url, encoded=True), headers=headers, data=body, **kwargs)
+        except BaseException:
+            if body is not None:
+                body.abort()
+            raise
+        async with reply:
+            try:
+                if not HTTPStatus.OK <= reply.status < HTTPStatus.MULTIPLE_CHOICES:
+                    raise _refused(reply.status, await reply.content.read(_MOST_SAID_BYTES))
+                yield reply
+            finally:
+                if body is not None:
+                    body.answered()
 
     def _ask(self, what: str, key: str, method: str, path: str, **query: str | None) -> Any:
         """What the server says to a request without a body."""
@@ -157,12 +169,8 @@ class GcsClient(FsspecClient):
         async def send(files: Any) -> Any:
             url = f"{files._location}/upload/storage/v1/b/{quote(self._bucket, safe='')}/o"  # noqa: SLF001 - where else than the rest
             headers = {"Content-Type": f"multipart/related; boundary={boundary}"}
-            try:
-                async with self._reply(files, "POST", url, query, data=body, headers=headers) as reply:
-                    return _decoded(await reply.read())
-            except BaseException:
-                body.abort()
-                raise
+            async with self._reply(files, "POST", url, query, body, headers=headers) as reply:
+                return _decoded(await reply.read())
 
         try:
             stored = self._run("writing", key, send)
@@ -194,7 +202,8 @@ class GcsClient(FsspecClient):
                     _check_generation(reply, version)
                     # A server that does not know ranges sends all of it.
                     skipped = 0 if reply.status == HTTPStatus.PARTIAL_CONTENT else start
-                    return await filled(_chunks(reply, skipped + stop - start), stop - start, skipped)
+                    size = min(stop - start, reply.content_length or stop - start)
+                    return await filled(_chunks(reply, skipped + stop - start), size, skipped)
             except RefusedError as error:
                 if is_past_end(error):
                     return b""

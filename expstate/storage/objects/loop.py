@@ -60,6 +60,8 @@ class _Call(Generic[Result]):
             self._error = task.exception()
             if self._error is None:
                 self._value.append(task.result())
+            else:
+                _keep_contexts(self._error)
         self._end()
 
     def _end(self) -> None:
@@ -82,6 +84,15 @@ class _Call(Generic[Result]):
         # Never a result: what was cancelled has not been done, or not been seen to be.
         msg = "the request was cancelled: its client was closed meanwhile"
         raise StorageError(msg)
+
+
+def _keep_contexts(error: BaseException) -> None:
+    """Make what exceptions came from their causes: raised again in another thread, they get what is being handled there as context."""
+    link: BaseException | None = error
+    while link is not None and link.__cause__ is None and not link.__suppress_context__:
+        context = link.__context__
+        link.__cause__ = context
+        link = context
 
 
 class Loop:

@@ -19,7 +19,8 @@ from expstate.errors import InvalidArgumentError, StorageError
 from expstate.storage.objects.body import Body, ChunkedBody
 from expstate.storage.objects.client import ABSENT, WRITE_ID, ObjectClient, ObjectInfo, Upload
 from expstate.storage.objects.failures import refusal
-from expstate.storage.objects.fsspec import FsspecClient, filled, is_past_end, joined
+from expstate.storage.objects.fsspec import FsspecClient
+from expstate.storage.objects.replies import filled, is_past_end, joined
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -156,7 +157,8 @@ class S3Client(FsspecClient):
                 raise
             # A server that does not know ranges sends all of it.
             skipped = 0 if reply["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.PARTIAL_CONTENT else start
-            return await filled(_chunks(reply["Body"], skipped + stop - start), stop - start, skipped)
+            size = min(stop - start, reply.get("ContentLength") or stop - start)
+            return await filled(_chunks(reply["Body"], skipped + stop - start), size, skipped)
 
         return self._run("reading", key, read)
 
@@ -217,7 +219,7 @@ class S3Client(FsspecClient):
         if not isinstance(source, S3Client) or source.store != self.store:
             return False
         try:
-            self._ask("copying to", key, "copy_object", Key=key, CopySource={"Bucket": source._bucket, "Key": source_key})  # noqa: SLF001
+            self._ask("copying to", key, "copy_object", Key=key, CopySource={"Bucket": source._bucket, "Key": source_key})  # noqa: SLF001 - another of this class
         except StorageError as error:
             # Among others for objects of more than 5 GiB.
             if _code(error) in {"InvalidRequest", "EntityTooLarge", "NotImplemented"}:
@@ -269,12 +271,15 @@ class _Session(AIOHTTPSession):  # type: ignore[misc] # a class without types
         body = request.body
         if isinstance(body, AwsChunkedWrapper):
             body = request.body = ChunkedBody(body, self._timeout.sock_read or _READ_SECONDS)
-        try:
+        if not isinstance(body, (Body, ChunkedBody)):
             return await super().send(request)
+        try:
+            reply = await super().send(request)
         except BaseException:
-            if isinstance(body, (Body, ChunkedBody)):
-                body.abort()
+            body.abort()
             raise
+        body.answered()
+        return reply
 
 
 def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
