@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 import torch
@@ -218,6 +219,30 @@ def test_what_a_dead_take_left_is_collected(store: Store) -> None:
     assert 2 == len(left.files)
     assert [] == files(url)
     assert Snapshot(f"{url}/nested").verify().ok
+
+
+def test_a_full_data_file_is_one_request(store: Store) -> None:
+    """Though with its header it is larger than what a data file should have."""
+    state = {"model": StateDict(weight=torch.randn(12, MIB // 4))}
+    with settings.override(object_file_bytes=6 * MIB):
+        snapshot = Snapshot.take(store.new(), state)
+    uploads = [request for request in store.proxy.requests if request.method in {"PUT", "POST"} and request.up > MIB]
+
+    assert [True, True] == [record.size > 6 * MIB for record in snapshot.manifest.files]
+    assert len(uploads) == 2
+    assert all("partNumber" not in request.query for request in uploads)
+
+
+def test_a_row_that_is_larger_than_a_data_file_goes_in_parts(s3: Store) -> None:
+    with settings.override(transport="fsspec"):
+        state, live = ({"model": StateDict(wide=torch.randn(1, 3 * MIB), few=torch.randn(9))} for _ in range(2))
+        snapshot = Snapshot.take(s3.new(), state)
+        snapshot.restore(live)
+
+    queries = [parse_qs(request.query) for request in s3.proxy.requests]
+    assert {"1", "2", "3"} == {query["partNumber"][0] for query in queries if "partNumber" in query}
+    assert is_same(state, live)
+    assert snapshot.verify().ok
 
 
 def test_reading_one_tensor_takes_few_requests(store: Store) -> None:

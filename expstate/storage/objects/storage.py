@@ -234,7 +234,9 @@ class ObjectStorage(Storage):
 
     def create_file(self, name: str, size: int) -> FileWriter:
         least = self.client.least_part_bytes
-        part_bytes = size if least is None else max(least, self.data_file_bytes, -(-size // _MOST_PARTS))
+        # With its header a full data file is a little larger than it should be: that is no reason for parts.
+        is_whole = least is None or size <= 2 * self.data_file_bytes
+        part_bytes = size if is_whole else max(least or 0, self.data_file_bytes, -(-size // _MOST_PARTS))
         return _ObjectWriter(self, self._key(name), size, max(1, part_bytes))
 
     def open_file(self, name: str, *, size: int | None = None) -> FileReader:
