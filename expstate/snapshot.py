@@ -761,6 +761,8 @@ class Snapshot:
     ) -> Snapshot:
         """Copy the snapshot, verified on the way; the copy has the same id, and is another place of the same record.
 
+        Within one object store the server copies by itself, and nothing is read: ``verify`` the copy if the original may be damaged.
+
         Parameters
         ----------
         dest : str or os.PathLike

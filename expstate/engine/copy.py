@@ -1,4 +1,7 @@
-"""Copies of whole snapshots: the same files under the same names, verified on the way, committed like a take."""
+"""Copies of whole snapshots: the same files under the same names, committed like a take.
+
+What passes through here is verified on the way. Within one object store the server copies, and nothing is read: damage goes along.
+"""
 
 from __future__ import annotations
 
