@@ -11,8 +11,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from expstate import settings
 from expstate.engine.lease import LEASE_SECONDS, decode_lease, is_dead
-from expstate.errors import ExpstateError, ManifestError, SnapshotNotFoundError, UnsafePathError
+from expstate.errors import ExpstateError, ManifestError, SnapshotNotFoundError, UnsafePathError, UnsupportedSchemeError
 from expstate.format import manifest as manifests
 from expstate.format import names
 from expstate.storage import registry
@@ -207,4 +208,13 @@ def gc(path: str | os.PathLike[str], *, dry_run: bool = False) -> GcReport:
     if isinstance(storage, LocalStorage):
         return collect(local_folders(storage.url), dry_run=dry_run)
     found = collect(storage.walk(), dry_run=dry_run)
-    return found if dry_run else dataclasses.replace(found, uploads=storage.end_uploads(storage.clock() - LEASE_SECONDS))
+    return found if dry_run else dataclasses.replace(found, uploads=_end_uploads(path, storage.clock() - LEASE_SECONDS))
+
+
+def _end_uploads(path: str | os.PathLike[str], older_than: float) -> int:
+    # Not every transport can list them: obstore cannot, and it begins none either.
+    with settings.override(transport="fsspec"):
+        try:
+            return registry.open_storage(path).end_uploads(older_than)
+        except UnsupportedSchemeError:  # the package for it is not installed
+            return 0

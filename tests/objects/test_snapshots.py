@@ -221,6 +221,24 @@ def test_what_a_dead_take_left_is_collected(store: Store) -> None:
     assert Snapshot(f"{url}/nested").verify().ok
 
 
+@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
+def test_uploads_that_were_not_ended_are_thrown_away_when_they_are_old(s3: Store, transport: str) -> None:
+    url = s3.new()
+    with settings.override(transport="fsspec"):
+        storage = open_storage(url)
+    storage.client.begin_upload(f"{storage.prefix}/model-00001-{TOKEN}.safetensors")
+
+    with settings.override(transport=transport):
+        assert 0 == gc(url).uploads
+        reached = type(open_storage(url))
+        ahead = storage.clock() + 2 * LEASE_SECONDS
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reached, "clock", lambda _: ahead)
+            assert 0 == gc(url, dry_run=True).uploads
+            assert 1 == gc(url).uploads
+            assert 0 == gc(url).uploads
+
+
 def test_a_full_data_file_is_one_request(store: Store) -> None:
     """Though with its header it is larger than what a data file should have."""
     state = {"model": StateDict(weight=torch.randn(12, MIB // 4))}
