@@ -199,6 +199,8 @@ def _show_gc(removal: Removal, view: View, arguments: argparse.Namespace) -> Non
         )
     verb = "removed" if removal.done else "would remove"
     view.line(f"{verb} {counted(sum(len(left.files) for left in report.removed), 'file')} ({bytes_text(report.nbytes)})")
+    if report.uploads:
+        view.line(f"ended {counted(report.uploads, 'upload')}")
     for what, found in (("may still be at work", report.alive), ("could not be read, and was left alone", report.damaged)):
         for place in found:
             view.line(f"{what}: {place}")
