@@ -115,7 +115,7 @@ def test_a_second_interrupt_does_not_leave_the_coroutine_running(loop: Loop) -> 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt that hits a destructor
-def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop) -> None:
+def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop, _alarm: list[bool]) -> None:
     running = []
 
     async def work() -> None:
@@ -129,27 +129,34 @@ def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop) -> None:
     until = time.monotonic() + 3
     hits = 0
     while time.monotonic() < until:
-        signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.003 * (hits % 10) / 10)
         try:
+            _alarm.append(True)
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.003 * (hits % 10) / 10)
             last = time.monotonic() + 0.1  # where it hits a destructor, Python drops it
             while time.monotonic() < last:
                 loop.run(work)
+            _alarm.clear()
         except KeyboardInterrupt:
             hits += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         assert not running
     assert loop.run(answer) == 42
     assert hits > 20
 
 
-@pytest.fixture(autouse=True)
-def _alarm() -> Iterator[None]:
+@pytest.fixture
+def _alarm() -> Iterator[list[bool]]:
+    """Raises ``KeyboardInterrupt`` when the timer rings, once for each entry of this list: one that comes late hits nothing else."""
+    armed: list[bool] = []
+
     def ring(*_: object) -> None:
-        raise KeyboardInterrupt
+        if armed:
+            armed.clear()
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, ring)
-    yield
+    yield armed
+    armed.clear()
+    signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 
