@@ -1,8 +1,8 @@
 """Storage to tensors: pieces read by several threads, verified block by block, and put where they belong.
 
 Gets reads (bytes of a box and where they go) and open files; calls back when the reads of a target are done. What is in the page
-cache already is read straight into its place, the rest by direct I/O through aligned buffers; a target may also be none, to
-verify only.
+cache already is read from there, straight into its place where that is plain memory, the rest by direct I/O through aligned buffers; a
+target may also be none, to verify only.
 """
 
 from __future__ import annotations
@@ -238,25 +238,30 @@ class PieceReader:
             return False
         address = target.address + read.at
         in_step = (address | read.offset | read.nbytes) % file.alignment == 0
-        if not in_step and not file.is_cached(read.offset, read.nbytes):
+        is_cached = file.is_cached(read.offset, read.nbytes)
+        if not in_step and not is_cached:
             return False
+        read_into = file.read_cached_into if is_cached else file.read_into
         whole = tensors.memory(address, read.nbytes)
         if file.is_remote or not self._verify:
-            file.read_into(read.offset, whole)
+            read_into(read.offset, whole)
         if not self._verify:
             return True
         for start in range(0, read.nbytes, BLOCK_BYTES):
             view = whole[start : start + BLOCK_BYTES]
             if not file.is_remote:
-                file.read_into(read.offset + start, view)
+                read_into(read.offset + start, view)
             self._check(read, start, view, file)
         return True
 
     def _read_by_buffer(self, window: list[Read], file: FileReader) -> None:
         start = window[0].offset // file.alignment * file.alignment
         stop = max(read.offset + read.nbytes for read in window)
+        # Who only verifies wants to know what is on the storage, not what is left of it in memory.
+        is_cached = window[0].target is not None and file.is_cached(start, stop - start)
+        read_into = file.read_cached_into if is_cached else file.read_into
         with self._staging.lend(self._stop) as buffer:
-            file.read_into(start, buffer.view[: -(-(stop - start) // file.alignment) * file.alignment])
+            read_into(start, buffer.view[: -(-(stop - start) // file.alignment) * file.alignment])
             view, address = buffer.view, buffer.address
             with self._streams.entered() as events:
                 for read in window:

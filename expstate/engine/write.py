@@ -222,8 +222,45 @@ class FilesWriter:
 
         When this returns, the tensors may change. ``finish_staged`` must be called, from any thread.
         """
+        events: list[Any] = []
 
-        def behind(item: _Staged) -> None:
+        def stage(window: WriteWindow) -> None:
+            buffer = self._staging.acquire(self._stop)
+            try:
+                item = _Staged(window, buffer, self._stage(window, buffer, digest=False))
+            except BaseException:
+                self._staging.release(buffer)
+                raise
+            events.extend(item.events)
+            self._staged.put(item)
+
+        try:
+            if len(self._windows) > self._staging.count:
+                self._begin_behind(or_work_here=False)
+            on_device = [window for window in self._windows if self._is_on_device(window)]
+            on_host = [window for window in self._windows if not self._is_on_device(window)]
+            # What a device copies is only queued here: several threads would wait for each other and not for it.
+            for windows, threads in (on_device, 1), (on_host, self._threads):
+                if windows:
+                    crew.run(windows, stage, threads, self._stop, self._streams.on_device)
+            for event in events:
+                event.synchronize()
+            self._streams.join()
+            self._sources = ()  # live state is not kept alive by a take that is still being written
+        except BaseException as error:
+            self._stop.set(error)
+            raise
+        finally:
+            self._staged.put(None)
+
+    def _is_on_device(self, window: WriteWindow) -> bool:
+        boxes = self._open[window.file].file.boxes
+        return not any(self._sources[boxes[item.box].source].is_cpu for item in window.fragments)
+
+    def _begin_behind(self, *, or_work_here: bool) -> None:
+        """Start the threads that digest and write what is staged; this thread does it where none can be started."""
+
+        def write(item: _Staged) -> None:
             try:
                 for event in item.events:
                     event.synchronize()
@@ -232,42 +269,15 @@ class FilesWriter:
             finally:
                 self._staging.release(item.buffer)
 
-        # Started before the copies: a thread takes long to start on a machine whose cores are busy writing.
-        self._behind = crew.Crew(_until_end(self._staged), behind, self._threads, self._stop, self._streams.on_device)
-        fits = len(self._windows) <= self._staging.count
-        held: list[_Staged] = []
-
-        def ahead(window: WriteWindow) -> None:
-            buffer = self._staging.acquire(self._stop)
-            try:
-                item = _Staged(window, buffer, self._stage(window, buffer, digest=False))
-            except BaseException:
-                self._staging.release(buffer)
-                raise
-            held.append(item)
-            if not fits:
-                self._staged.put(item)
-
-        try:
-            self._behind.start()
-            crew.run(self._windows, ahead, self._threads, self._stop, self._streams.on_device)
-            for item in held:
-                for event in item.events:
-                    event.synchronize()
-            self._streams.join()
-            self._sources = ()  # live state is not kept alive by a take that is still being written
-        except BaseException as error:
-            self._stop.set(error)
-            raise
-        finally:
-            # What fits is digested and written afterwards, so that it does not slow the copies.
-            for item in held if fits else ():
-                self._staged.put(item)
-            self._staged.put(None)
+        self._behind = crew.Crew(_until_end(self._staged), write, self._threads, self._stop, self._streams.on_device)
+        self._behind.start(or_work_here=or_work_here)
 
     def finish_staged(self) -> None:
-        """Wait until everything that ``stage_all`` has copied is durable."""
-        assert self._behind is not None, "stage_all comes first"
+        """Write what ``stage_all`` has copied and wait until it is durable."""
+        if self._behind is None:
+            # Not before the copies are made: threads that digest and write would slow them, and their start is time of the caller.
+            self._begin_behind(or_work_here=True)
+        assert self._behind is not None
         self._behind.wait()
         self._finish()
 
@@ -282,7 +292,7 @@ class FilesWriter:
         """Wait for the threads to leave, and let go of all files."""
         if self._behind is not None:
             self._behind.join()
-            self._release_staged()
+        self._release_staged()
         for state in self._open:
             if state.writer is not None:
                 state.writer.abort()

@@ -229,8 +229,13 @@ class LocalReader(FileReader):
         return self._direct_fd >= 0
 
     def read_into(self, offset: int, target: memoryview) -> None:
+        self._read(offset, target, direct=self._direct_fd >= 0 and offset % ALIGNMENT == 0 and len(target) % ALIGNMENT == 0)
+
+    def read_cached_into(self, offset: int, target: memoryview) -> None:
+        self._read(offset, target, direct=False)
+
+    def _read(self, offset: int, target: memoryview, *, direct: bool) -> None:
         wanted = min(len(target), self.size - offset)
-        direct = self._direct_fd >= 0 and offset % ALIGNMENT == 0 and len(target) % ALIGNMENT == 0
         with system_errors(f"reading {self._path!r}"):
             done = 0
             while done < wanted:

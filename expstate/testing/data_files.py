@@ -119,7 +119,7 @@ class DataFileTests(StorageCase):
                 if dice.random() < 0.5:  # noqa: PLR2004 - every other time
                     offset = offset // reader.alignment * reader.alignment
                 target = aligned(bytes(length))
-                reader.read_into(offset, target)
+                dice.choice([reader.read_into, reader.read_cached_into])(offset, target)
                 expected = data[offset : offset + length]
                 assert same_bytes(expected, bytes(target[: len(expected)]))
                 assert isinstance(reader.is_cached(offset, length), bool)

@@ -43,14 +43,20 @@ KINDS: dict[str, Any] = {
 class _CountingReader(FileReader):
     """Counts what is read of a file."""
 
-    def __init__(self, inner: FileReader, ranges: list[tuple[int, int]]) -> None:
+    def __init__(self, inner: FileReader, ranges: list[tuple[int, int]], cached_ranges: list[tuple[int, int]]) -> None:
         self._inner = inner
         self._ranges = ranges
         self.name, self.size, self.alignment = inner.name, inner.size, inner.alignment
+        self.cached_ranges = cached_ranges
 
     def read_into(self, offset: int, target: memoryview) -> None:
         self._ranges.append((offset, min(self.size, offset + len(target))))
         self._inner.read_into(offset, target)
+
+    def read_cached_into(self, offset: int, target: memoryview) -> None:
+        self._ranges.append((offset, min(self.size, offset + len(target))))
+        self.cached_ranges.append(self._ranges[-1])
+        self._inner.read_cached_into(offset, target)
 
     def is_cached(self, offset: int, length: int) -> bool:
         return self._inner.is_cached(offset, length)
@@ -65,9 +71,10 @@ class _CountingStorage(LocalStorage):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.ranges: list[tuple[int, int]] = []
+        self.cached_ranges: list[tuple[int, int]] = []
 
     def open_file(self, name: str, *, size: int | None = None) -> FileReader:
-        return _CountingReader(super().open_file(name), self.ranges)
+        return _CountingReader(super().open_file(name), self.ranges, self.cached_ranges)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,6 +284,27 @@ def _counted(place: Path) -> tuple[Snapshot, list[tuple[int, int]]]:
 
 def _bytes_of(ranges: list[tuple[int, int]]) -> int:
     return sum(stop - start for start, stop in ranges)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "transposed", "cast"])
+def test_what_the_page_cache_holds_is_read_from_it(place: Path, kind: str) -> None:
+    """By whatever way the bytes go; but who verifies hears of the disk."""
+    big = torch.randn(1024, 1024)
+    Snapshot.take(place, {"state": StateDict(big=big)})
+    live = {"contiguous": torch.zeros(1024, 1024), "transposed": torch.zeros(1024, 1024).t(), "cast": torch.zeros(1024, 1024).double()}[kind]
+    snapshot, _ = _counted(place)
+    storage = snapshot._storage
+    assert isinstance(storage, _CountingStorage)
+    for path in place.glob("*.safetensors"):
+        path.read_bytes()
+
+    snapshot.restore({"state": StateDict(big=live)}, cast=kind == "cast")
+    assert torch.equal(big, live.to(torch.float32))
+    assert _bytes_of(storage.cached_ranges) >= big.nbytes
+
+    storage.cached_ranges.clear()
+    snapshot.verify()
+    assert [] == storage.cached_ranges
 
 
 @pytest.mark.parametrize(
