@@ -115,7 +115,7 @@ def test_a_second_interrupt_does_not_leave_the_coroutine_running(loop: Loop) -> 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt that hits a destructor
-def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop, _alarm: list[bool]) -> None:
+def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop, alarm: list[bool]) -> None:
     running = []
 
     async def work() -> None:
@@ -130,12 +130,12 @@ def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop, _alarm: list[
     hits = 0
     while time.monotonic() < until:
         try:
-            _alarm.append(True)
+            alarm.append(True)
             signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.003 * (hits % 10) / 10)
             last = time.monotonic() + 0.1  # where it hits a destructor, Python drops it
             while time.monotonic() < last:
                 loop.run(work)
-            _alarm.clear()
+            alarm.clear()
         except KeyboardInterrupt:
             hits += 1
         assert not running
@@ -144,7 +144,7 @@ def test_interrupts_at_any_moment_leave_nothing_behind(loop: Loop, _alarm: list[
 
 
 @pytest.fixture
-def _alarm() -> Iterator[list[bool]]:
+def alarm() -> Iterator[list[bool]]:
     """Raises ``KeyboardInterrupt`` when the timer rings, once for each entry of this list: one that comes late hits nothing else."""
     armed: list[bool] = []
 

@@ -291,7 +291,8 @@ def test_what_the_page_cache_holds_is_read_from_it(place: Path, kind: str) -> No
     """By whatever way the bytes go; but who verifies hears of the disk."""
     big = torch.randn(1024, 1024)
     Snapshot.take(place, {"state": StateDict(big=big)})
-    live = {"contiguous": torch.zeros(1024, 1024), "transposed": torch.zeros(1024, 1024).t(), "cast": torch.zeros(1024, 1024).double()}[kind]
+    live = torch.zeros(1024, 1024, dtype=torch.float64 if kind == "cast" else torch.float32)
+    live = live.t() if kind == "transposed" else live
     snapshot, _ = _counted(place)
     storage = snapshot._storage
     assert isinstance(storage, _CountingStorage)
