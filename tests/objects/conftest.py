@@ -5,14 +5,18 @@ A test that looks at what goes wrong gives its client ``s3_proxy.url`` as endpoi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
 
 import pytest
 
+from expstate import configure, settings
+
 from .proxy import FaultProxy
 from .servers import ENVIRONMENT, GcsServer, MissingError, S3Server
+from .stores import MIB, WAYS, Store
 
 # Before a client is imported. Whose account the user has is nobody's business here.
 for _name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_", "STORAGE_EMULATOR_"))]:
@@ -73,3 +77,50 @@ def gcs_proxy(gcs_server: GcsServer) -> Iterator[FaultProxy]:
     """A proxy before the server that speaks GCS."""
     with FaultProxy(gcs_server.url) as proxy:
         yield proxy
+
+
+# Of snapshots: one bucket for all tests of a module, in which each has folders of its own.
+
+
+@pytest.fixture(scope="module")
+def buckets(s3_server: S3Server, gcs_server: GcsServer) -> dict[str, str]:
+    """The names of a bucket of each scheme."""
+    names = {"s3": f"snapshots-{uuid.uuid4().hex[:8]}", "gs": f"snapshots-{uuid.uuid4().hex[:8]}"}
+    s3_server.make_bucket(names["s3"])
+    gcs_server.make_bucket(names["gs"])
+    return names
+
+
+@contextlib.contextmanager
+def _reached(server: S3Server | GcsServer, root: str) -> Iterator[Store]:
+    with FaultProxy(server.url) as proxy:
+        options = server.storage_options(endpoint_url=proxy.url)
+        configure(storage_options={root: options})
+        yield Store(root, proxy, options, server.storage_options())
+        configure(storage_options={root: {}})
+
+
+@pytest.fixture(params=list(WAYS))
+def store(request: pytest.FixtureRequest, buckets: dict[str, str], s3_server: S3Server, gcs_server: GcsServer) -> Iterator[Store]:
+    """A store reached in each of the ways that there are."""
+    scheme, transport = WAYS[request.param]
+    server = s3_server if scheme == "s3" else gcs_server
+    with (
+        settings.override(transport=transport, retry_seconds=15, object_file_bytes=MIB),
+        _reached(server, f"{scheme}://{buckets[scheme]}") as store,
+    ):
+        yield store
+
+
+@pytest.fixture
+def s3(buckets: dict[str, str], s3_server: S3Server) -> Iterator[Store]:
+    """A store that speaks S3, reached in the way that is taken if nobody says which."""
+    with settings.override(retry_seconds=15, object_file_bytes=MIB), _reached(s3_server, f"s3://{buckets['s3']}") as store:
+        yield store
+
+
+@pytest.fixture
+def gs(buckets: dict[str, str], gcs_server: GcsServer) -> Iterator[Store]:
+    """A store that speaks GCS."""
+    with settings.override(retry_seconds=15, object_file_bytes=MIB), _reached(gcs_server, f"gs://{buckets['gs']}") as store:
+        yield store

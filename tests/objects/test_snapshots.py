@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -24,77 +21,7 @@ from expstate.testing.cases import TOKEN
 from .faults import Fault, Flip, Hang, Lost, Reset, Shrink, gcs_error, s3_error
 from .proxy import FaultProxy
 from .servers import GcsServer, S3Server
-
-MIB = 2**20
-WAYS = {"s3": ("s3", "fsspec"), "s3 by obstore": ("s3", "obstore"), "gs": ("gs", "fsspec")}
-
-
-class Store:
-    """A bucket, and a proxy before its server."""
-
-    def __init__(self, root: str, proxy: FaultProxy) -> None:
-        self.root = root
-        self.proxy = proxy
-
-    def new(self) -> str:
-        return f"{self.root}/run-{uuid.uuid4().hex[:8]}/step-1"
-
-    def puts(self) -> list[str]:
-        return [request.path for request in self.proxy.requests if request.method in {"PUT", "POST"}]
-
-
-@pytest.fixture(scope="module")
-def buckets(s3_server: S3Server, gcs_server: GcsServer) -> dict[str, str]:
-    names = {"s3": f"snapshots-{uuid.uuid4().hex[:8]}", "gs": f"snapshots-{uuid.uuid4().hex[:8]}"}
-    s3_server.make_bucket(names["s3"])
-    gcs_server.make_bucket(names["gs"])
-    return names
-
-
-@pytest.fixture(params=list(WAYS))
-def store(request: pytest.FixtureRequest, buckets: dict[str, str], s3_server: S3Server, gcs_server: GcsServer) -> Iterator[Store]:
-    """A store reached in each of the ways that there are."""
-    scheme, transport = WAYS[request.param]
-    server = s3_server if scheme == "s3" else gcs_server
-    root = f"{scheme}://{buckets[scheme]}"
-    with FaultProxy(server.url) as proxy, settings.override(transport=transport, retry_seconds=15, object_file_bytes=MIB):
-        configure(storage_options={root: server.storage_options(endpoint_url=proxy.url)})
-        yield Store(root, proxy)
-        configure(storage_options={root: {}})
-
-
-@pytest.fixture
-def s3(buckets: dict[str, str], s3_server: S3Server) -> Iterator[Store]:
-    root = f"s3://{buckets['s3']}"
-    with FaultProxy(s3_server.url) as proxy, settings.override(retry_seconds=15, object_file_bytes=MIB):
-        configure(storage_options={root: s3_server.storage_options(endpoint_url=proxy.url)})
-        yield Store(root, proxy)
-        configure(storage_options={root: {}})
-
-
-def app_state(seed: int = 0) -> dict[str, StateDict]:
-    """Tensors larger and smaller than a data file, tied ones, an object and plain values."""
-    torch.manual_seed(seed)
-    large = torch.randn(3 * MIB // 4)
-    small = {f"layer.{number}": torch.randn(50, 20) for number in range(12)}
-    wide = torch.randn(1, 700_000)  # a row larger than a data file cannot be cut
-    return {
-        "model": StateDict(large=large, tied=large, wide=wide, **small),
-        "progress": StateDict(step=seed, note="text", numbers=[1, 2.5]),
-    }
-
-
-def is_same(one: dict[str, StateDict], other: dict[str, StateDict]) -> bool:
-    return all(
-        torch.equal(value, other[key][name]) if isinstance(value, torch.Tensor) else value == other[key][name]
-        for key, state in one.items()
-        for name, value in state.items()
-    )
-
-
-def files(url: str) -> list[str]:
-    return sorted(info.name for info in open_storage(url).list())
-
+from .stores import MIB, Store, app_state, files, is_same
 
 # What works
 
@@ -391,55 +318,3 @@ def test_a_take_whose_requests_hang_is_cancelled_at_once(
         proxy.clear()
         assert [] == files(url)
         configure(storage_options={root: {}})
-
-
-_TAKER = """
-import os, signal, sys, threading
-import torch
-from expstate import Snapshot, StateDict, configure, settings
-from expstate.storage.objects import storage as objects
-url, root, options, stop, transport = sys.argv[1], sys.argv[2], eval(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-configure(storage_options={root: options})
-done = 0
-lock = threading.Lock()
-def counted(function):
-    def call(what, action):
-        global done
-        with lock:
-            done += 1
-            if done == stop:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return function(what, action)
-    return call
-objects.persist = counted(objects.persist)
-with settings.override(object_file_bytes=2**20, transport=transport):
-    Snapshot.take(url, {"model": StateDict(**{f"w{n}": torch.full((200_000,), float(n)) for n in range(12)})}, catalog=False)
-print("done", done)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", ["fsspec", "obstore"])
-def test_a_take_that_is_killed_at_any_request_is_whole_or_not_there(s3: Store, s3_server: S3Server, transport: str) -> None:
-    seen = set()
-    for stop in range(1, 40):
-        url = s3.new()
-        command = [sys.executable, "-c", _TAKER, url, s3.root, repr(s3_server.storage_options()), str(stop), transport]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        try:
-            Snapshot(url).keys()
-        except errors.SnapshotNotFoundError:
-            seen.add("invisible")
-        else:
-            seen.add("whole")
-            assert Snapshot(url).verify().ok
-        if "done" in ended.stdout:
-            break
-        assert -signal.SIGKILL == ended.returncode, ended.stderr
-        gc(url)
-        if "whole" not in seen:
-            # A request that the server was still busy with may leave a data file after that, which nothing leads to.
-            assert [] == [name for name in files(url) if not name.endswith(".safetensors")]
-
-    assert stop >= 15
-    assert {"invisible", "whole"} == seen
