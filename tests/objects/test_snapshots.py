@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -18,10 +19,10 @@ from expstate.engine.lease import LEASE_SECONDS
 from expstate.storage.registry import open_storage
 from expstate.testing.cases import TOKEN
 
-from .faults import Fault, Flip, Hang, Lost, Reset, Shrink, gcs_error, s3_error
+from .faults import Fault, Flip, Hang, Lost, Reset, Shrink, Status, gcs_error, s3_error
 from .proxy import FaultProxy
 from .servers import GcsServer, S3Server
-from .stores import MIB, Store, app_state, files, is_same
+from .stores import MIB, Store, app_state, few, files, is_same
 
 # What works
 
@@ -268,6 +269,64 @@ def test_a_body_that_is_wrong_each_time_is_damage_that_is_named(store: Store) ->
 
     with pytest.raises((errors.SnapshotCorruptError, errors.RestoreInterruptedError), match=r"entry 'model/"):
         snapshot.restore(app_state(2))
+
+
+def test_an_upload_that_is_said_to_be_incomplete_is_no_success(gs: Store) -> None:
+    """GCS says 308 to the last chunk of an upload of which it has kept nothing; here it says so to all that comes after the lease."""
+    url = gs.new()
+    refusing = gs.proxy.add(Fault(Status(308), method="POST", nth=3))
+    with pytest.raises(errors.StorageError, match="308"):
+        Snapshot.take(url, app_state(1))
+    gs.proxy.clear()
+
+    assert refusing.hits
+    assert [] == files(url)
+
+
+def test_what_was_not_stored_in_spite_of_the_answer_is_noticed(store: Store) -> None:
+    """The upload of a data file is said to have succeeded, and dropped."""
+    url, state = store.new(), few(1)
+    (size,) = [record.size for record in Snapshot.take(store.new(), state).manifest.files]
+    if store.root.startswith("gs"):
+        said = Status(200, json.dumps({"size": str(size)}).encode(), {"Content-Type": "application/json"})
+        lost = store.proxy.add(Fault(said, method="POST", nth=2, times=1))  # after the lease
+    else:
+        lost = store.proxy.add(Fault(Status(200, headers={"ETag": '"5"'}), method="PUT", path="safetensors"))
+    with pytest.raises(errors.SnapshotWriteError, match=rf"with {size:,} bytes and now has 0"):
+        Snapshot.take(url, state)
+
+    assert lost.hits == 1
+    assert [] == files(url)
+
+
+@pytest.mark.parametrize("wrong", ["size", "md5Hash", "crc32c"])
+def test_what_was_stored_otherwise_is_noticed(gs: Store, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GCS says which bytes it has stored; ours are sent again, and if that does not help, there is no snapshot."""
+    if wrong == "md5Hash":
+        monkeypatch.setattr("google_crc32c.implementation", "python")
+    state = few(1)
+    (size,) = [record.size for record in Snapshot.take(gs.new(), state).manifest.files]
+    said = Status(200, json.dumps({"size": str(size), wrong: "7"}).encode(), {"Content-Type": "application/json"})
+    once = gs.proxy.add(Fault(said, method="POST", nth=2, times=1))  # after the lease
+    assert Snapshot.take(gs.new(), state).verify().ok
+    assert once.hits == 1
+
+    url = gs.new()
+    gs.proxy.add(Fault(said, method="POST", nth=2))
+    with settings.override(retry_seconds=0.5), pytest.raises(errors.StorageError, match=rf"safetensors.*stored another {wrong}$"):
+        Snapshot.take(url, state)
+    gs.proxy.clear()
+    assert [] == files(url)
+
+
+def test_bits_that_turn_on_the_way_are_sent_again(store: Store) -> None:
+    state, live = app_state(1), app_state(2)
+    fault = store.proxy.add(Fault(Flip(upload=True), method="PUT|POST", nth=3, times=2))
+    snapshot = Snapshot.take(store.new(), state)
+    snapshot.restore(live)
+
+    assert fault.hits == 2
+    assert is_same(state, live)
 
 
 def test_an_interrupt_leaves_nothing_and_nothing_appears_later(store: Store) -> None:
