@@ -16,8 +16,10 @@ from expstate.storage.objects.obstore_options import CannotTranslateError, Conne
 KEYS = {"key": "key", "secret": "secret"}
 HERE = {"endpoint_url": "http://127.0.0.1:9000"}
 SIGNED = {"skip_signature": False}
-AWS = {**SIGNED, "virtual_hosted_style_request": True, "region": "us-east-1"}
-ELSEWHERE = {**SIGNED, "endpoint": "http://127.0.0.1:9000", "virtual_hosted_style_request": False, "region": "us-east-1"}
+CHECKED = {**SIGNED, "checksum_algorithm": "SHA256"}
+UNCHECKED = {**SIGNED, "virtual_hosted_style_request": True, "region": "us-east-1"}
+AWS = {**CHECKED, **UNCHECKED}
+ELSEWHERE = {**CHECKED, "endpoint": "http://127.0.0.1:9000", "virtual_hosted_style_request": False, "region": "us-east-1"}
 ACCOUNT = {"type": "service_account", "client_email": "a@b", "private_key": "the key", "private_key_id": "its id"}
 USER = {"type": "authorized_user", "client_id": "id", "client_secret": "a secret", "refresh_token": "a token"}
 NO_ACCOUNT = json.dumps({"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""})
@@ -68,7 +70,7 @@ S3: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, st
         AWS,
         {"access_key_id": "key", "secret_access_key": "secret"},
     ),
-    "no keys wanted": ({**KEYS, "anon": True}, {"AWS_PROFILE": "somebody"}, {**AWS, "skip_signature": True}, {}),
+    "no keys wanted": ({**KEYS, "anon": True}, {"AWS_PROFILE": "somebody"}, {**UNCHECKED, "skip_signature": True}, {}),
     "a container's": ({}, {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/v2"}, AWS, {}),
     "a pod's": ({}, {"AWS_WEB_IDENTITY_TOKEN_FILE": "/token", "AWS_ROLE_ARN": "arn"}, AWS, {}),
     "an endpoint": ({**KEYS, **HERE}, {}, ELSEWHERE, {}),
@@ -115,6 +117,8 @@ S3: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any], dict[str, st
         {**AWS, "server_side_encryption": "aws:kms", "sse_kms_key_id": "id", "sse_bucket_key_enabled": True},
         {},
     ),
+    "no checksums": ({**KEYS, "config_kwargs": {"request_checksum_calculation": "when_required"}}, {}, UNCHECKED, {}),
+    "no checksums by the environment": ({**KEYS}, {"AWS_REQUEST_CHECKSUM_CALCULATION": "WHEN_REQUIRED"}, UNCHECKED, {}),
     "what changes nothing": (
         {
             **KEYS,

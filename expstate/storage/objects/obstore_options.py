@@ -31,7 +31,7 @@ _S3_IGNORED: Final = _FSSPEC_IGNORED | {
     *("max_concurrency", "version_aware"),
 }
 _BOTOCORE_IGNORED: Final = frozenset(
-    {"max_pool_connections", "request_checksum_calculation", "response_checksum_validation", "retries", "tcp_keepalive", "user_agent_extra"}
+    {"max_pool_connections", "response_checksum_validation", "retries", "tcp_keepalive", "user_agent_extra"}
 )
 _BOTOCORE_S3_IGNORED: Final = frozenset({"payload_signing_enabled", "us_east_1_regional_endpoint"})
 _GS_IGNORED: Final = _FSSPEC_IGNORED | {
@@ -206,6 +206,9 @@ def _s3(bucket: str, storage_options: Mapping[str, Any]) -> Connection:
     if options.take("requester_pays"):
         config["request_payer"] = True
     config |= _s3_encryption(options.take("s3_additional_kwargs", {}))
+    if _sends_checksums(boto) and not config["skip_signature"]:
+        # The digest is made for the signature anyway, but not every server compares that with the bytes that come.
+        config["checksum_algorithm"] = "SHA256"
 
     url = config.get("endpoint", "https:")
     client_options = _client_options(url, _seconds(boto, "connect_timeout", CONNECT_SECONDS))
@@ -217,6 +220,13 @@ def _s3(bucket: str, storage_options: Mapping[str, Any]) -> Connection:
     for group in (options, client, boto, boto_s3):
         group.refuse_rest()
     return Connection("s3", bucket, config, client_options, keys, tuple(keys.values()), read_seconds)
+
+
+def _sends_checksums(boto: _Options) -> bool:
+    """Whether servers are told a checksum with what they are to store, as botocore does unless it is told otherwise."""
+    name = "request_checksum_calculation"
+    said = boto.take(name) or _variable(f"AWS_{name.upper()}") or ""
+    return str(said).lower() != "when_required"
 
 
 def _s3_keys(options: _Options, client: _Options, profile: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
