@@ -20,6 +20,7 @@ from expstate.errors import (
     SnapshotCorruptError,
     SnapshotReplacedError,
     StorageError,
+    StoragePermissionError,
     UnsafePathError,
     WeakStorageWarning,
 )
@@ -357,8 +358,8 @@ class ObjectStorage(Storage):
         try:
             persist(f"writing {key!r}", lambda: self.client.put(key, [b"clock"]))
             return self._head(key).modified_at
-        except ExpstateError:
-            return time.time()  # who may only read
+        except StoragePermissionError:
+            return time.time()  # who may only read; in any other case a wrong clock would be taken for the server's
         finally:
             with contextlib.suppress(ExpstateError, OSError):
                 self.client.delete(key)
