@@ -5,7 +5,9 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= auto
+# Many tests wait for disks, servers and processes: twice as many at a time as there are processors.
+CPUS := $(shell getconf _NPROCESSORS_ONLN)
+JOBS ?= $(shell echo $$(( 2 * $(CPUS) < 8 ? 2 * $(CPUS) : 8 )))
 BENCH_PATH ?= bench-run
 BENCH_ARGS ?=
 
@@ -24,7 +26,7 @@ test: $(STAMP) ## run every test and the examples in the docstrings
 	@command -v strace >/dev/null || bash .ci/install-strace
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
 	@command -v chromium >/dev/null || bash .ci/install-chromium
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 	@# These break disks and processes, or drive a browser, and need the machine to themselves.
 	$(BIN)/python -m pytest -m "slow and not gpu" tests
 	VENV=$(VENV) bash .ci/lessons

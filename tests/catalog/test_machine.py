@@ -293,7 +293,7 @@ QUERIES: dict[str, Callable[[PlainCatalog, Row], bool]] = {
 
 
 def test_a_catalog_says_what_plain_python_says() -> None:
-    examples = settings(max_examples=45, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
+    examples = settings(max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Machine, settings=examples)
 
 

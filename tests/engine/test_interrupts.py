@@ -191,7 +191,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 def test_interrupted_at_any_moment(tmp_path: Path, action: str) -> None:
     dice = random.Random(action)
     outcomes = set()
-    for number in range(40):
+    for number in range(16):
         root = tmp_path / str(number)
         prepare(root, action)
 
@@ -370,6 +370,6 @@ def test_restores_interrupted_at_any_moment(tmp_path: Path) -> None:
         return outcome
 
     dice = random.Random(0)
-    outcomes = {in_child(functools.partial(run, dice.random())).result for _ in range(40)}
+    outcomes = {in_child(functools.partial(run, dice.random())).result for _ in range(20)}
 
     assert "interrupted" in outcomes

@@ -221,7 +221,7 @@ def test_a_value_that_no_take_writes_ends_in_our_error(forged: Forged, value: An
 # All of it at random
 
 
-@hypothesis_settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_manifests_changed_at_random_end_in_our_errors(
     genuine: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
