@@ -338,7 +338,8 @@ class ObjectStorage(Storage):
     def list(self) -> Iterator[FileInfo]:
         for info in self._listed():
             name = info.key[len(self._start) :]
-            if name and "/" not in name.removeprefix("base/"):
+            # What ends in a slash stands for a folder: consoles make such objects.
+            if name and not name.endswith("/") and "/" not in name.removeprefix("base/"):
                 yield FileInfo(name, info.size, info.modified_at)
 
     def delete(self, name: str, *, expected: bytes | None = None) -> None:
