@@ -65,7 +65,8 @@ class Settings:
     provenance_source : bool, default True
         Record the source of the notebook cell that takes.
     schemes : str, default ""
-        Schemes besides ``fs``, ``file``, ``s3`` and ``gs`` that a URL from a catalog may have to be opened, separated by commas.
+        Schemes that a URL from a catalog may have to be opened besides ``fs``, ``file``, ``s3``, ``s3a``, ``gs`` and ``gcs``, separated by
+        commas.
     root : str, default ""
         Where a notebook's snapshots go; empty means ``expstate-snapshots`` beside the notebook.
     undo_budget_bytes : int, default 0

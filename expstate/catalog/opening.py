@@ -17,6 +17,7 @@ from expstate.catalog import given, running
 from expstate.catalog.catalog import Catalog
 from expstate.catalog.model import LOCAL_SCHEMES, Location, Record, this_host
 from expstate.catalog.place import catalog_place, package_missing
+from expstate.catalog.provenance import redact
 from expstate.engine.attempt import read_manifest
 from expstate.errors import (
     CatalogError,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from expstate.format.manifest import Manifest
     from expstate.storage.base import Storage
 
-SCHEMES = frozenset({*LOCAL_SCHEMES, "s3", "gs"})
+SCHEMES = frozenset({*LOCAL_SCHEMES, "s3", "s3a", "gs", "gcs"})
 _NO_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
 _MARKING_SECONDS = 1.0
 
@@ -71,7 +72,8 @@ def check_trusted(url: str) -> None:
     Raises
     ------
     UntrustedLocationError
-        If its scheme is not one of ``fs``, ``file``, ``s3``, ``gs`` and the setting ``schemes``, or URLs are chained in it.
+        If its scheme is not one of ``fs``, ``file``, ``s3``, ``s3a``, ``gs``, ``gcs`` and the setting ``schemes``, or URLs are chained in
+        it.
 
     Examples
     --------
@@ -93,8 +95,9 @@ def check_trusted(url: str) -> None:
         return
     if plain or "::" in url or scheme not in SCHEMES | more - {""}:
         allowed = ", ".join(sorted(SCHEMES | more - {""}))
+        shown = printable(redact.url(url))[:300]
         msg = (
-            f"a record may not open {printable(url)[:300]!r}: allowed are absolute paths and URLs with one of the schemes {allowed}, not "
+            f"a record may not open {shown!r}: allowed are absolute paths and URLs with one of the schemes {allowed}, not "
             "chained by '::'; name the scheme in EXPSTATE_SCHEMES if you trust who wrote the catalog, or open the URL yourself"
         )
         raise UntrustedLocationError(msg)

@@ -32,6 +32,52 @@ from expstate.errors import ExpstateError, NeedsTrustWarning
 from expstate.format import names
 
 GIB = 1024**3
+OUTSIDE = [
+    "../x-00001-{token}.safetensors",
+    "../../etc/passwd",
+    "a/../../b-00001-{token}.safetensors",
+    "base/../../b-00001-{token}.safetensors",
+    "base/../b-00001-{token}.safetensors",
+    "base//b-00001-{token}.safetensors",
+    "base/./b-00001-{token}.safetensors",
+    "..\\x-00001-{token}.safetensors",
+    "base\\x-00001-{token}.safetensors",
+    "/etc/hostname",
+    "/{token}-00001-{token}.safetensors",
+    "//host/x-00001-{token}.safetensors",
+    "file:///etc/hostname",
+    "~/x-00001-{token}.safetensors",
+    "~root/x-00001-{token}.safetensors",
+    "simplecache::file:///etc/x-00001-{token}.safetensors",
+    "reference://x-00001-{token}.safetensors",
+    "http://169.254.169.254/x-00001-{token}.safetensors",
+    "s3://bucket/x-00001-{token}.safetensors",
+    "x\0-00001-{token}.safetensors",
+    "x\n-00001-{token}.safetensors",
+    "x-00001-{token}.safetensors\n",
+    "x y-00001-{token}.safetensors",
+    "\u202ex-00001-{token}.safetensors",
+    "\u0661-00001-{token}.safetensors",
+    "sub/x-00001-{token}.safetensors",
+    ".hidden-00001-{token}.safetensors",
+    "..-00001-{token}.safetensors",
+    "base/..-00001-{token}.safetensors",
+    "snapshot.json",
+    "annotations.json",
+    ".attempt-{token}.json",
+    "notes.txt",
+    "x-00001.safetensors",
+    "x-00001-{token}.safetensors.txt",
+    "x-00001-ABCDEF01.safetensors",
+    "C:x-00001-{token}.safetensors",
+    "",
+    ".",
+    "..",
+    "/",
+    "x" * 300 + "-00001-{token}.safetensors",
+    "base/" + "x" * 300 + "-00001-{token}.safetensors",
+]
+"""What a manifest may not call its data files; ``{token}`` stands for the attempt's id."""
 
 
 class Tied(torch.nn.Module):
