@@ -194,6 +194,24 @@ class TakeCancelledError(ExpstateError, CancelledError):
     """The take was cancelled before it was committed. Nothing of it remains."""
 
 
+class RankFailedError(ExpstateError, RuntimeError):
+    """Another rank failed or is gone, and with it what all were doing together: nothing was committed.
+
+    Attributes
+    ----------
+    rank : int or None
+        Which one, if that is known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class RankTimeoutError(RankFailedError, TimeoutError):
+    """A rank has done nothing for too long. Look for what it waits for; ``timeout=`` is how long it may."""
+
+
 class TakePendingError(ExpstateError, TimeoutError):
     """``wait(timeout=...)`` ran out; the take goes on."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from expstate.engine.take import Take
+    from expstate.format.manifest import Manifest
     from expstate.snapshot import Snapshot
 
 _MOST_KEYS = 12
@@ -49,7 +50,7 @@ class PendingSnapshot:
     >>> folder.cleanup()
     """
 
-    def __init__(self, path: str, take: Take, opened: Callable[[Any, bytes], Snapshot]) -> None:
+    def __init__(self, path: str, take: Take, opened: Callable[[tuple[Manifest, bytes] | None], Snapshot]) -> None:
         self._take = take
         self._opened = opened
         self._done = threading.Event()
@@ -67,19 +68,19 @@ class PendingSnapshot:
         """Start the thread, while threads can still be started: the interpreter may be ending when the work is done."""
         self._thread.start()
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: BaseException) -> None:
         """End what was begun and nobody has in hand: nothing may appear."""
         running.leave(self.id)
         self._take.cancel()
         if self._thread.is_alive():
             self._done.wait()  # it removes what it has written
         else:
-            self._take.abort()
+            self._take.abort(error)
 
     def _run(self) -> None:
         try:
             self._take.write_staged()
-            self._snapshot = self._opened(*self._take.commit())
+            self._snapshot = self._opened(self._take.commit())
         except BaseException as error:  # noqa: BLE001 - kept for wait()
             self._fail(error)
         finally:
@@ -91,7 +92,7 @@ class PendingSnapshot:
                 callback()
 
     def _fail(self, error: BaseException) -> None:
-        self._take.abort()
+        self._take.abort(error)
         if isinstance(error, StoppedError):
             self._error = TakeCancelledError(f"the take to {self.path!r} was cancelled, and nothing of it remains")
             return

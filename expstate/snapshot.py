@@ -18,7 +18,7 @@ from expstate.catalog.model import value_of
 from expstate.catalog.origin import CatalogOption, Origin, record_copy
 from expstate.catalog.recorder import recorder
 from expstate.diff.run import DiffOptions, diff_live, diff_snapshots
-from expstate.engine import ancestry, attempt, copy, describe, export, fetch, memory, restore, verify
+from expstate.engine import ancestry, attempt, copy, describe, export, fetch, memory, ranks, restore, verify
 from expstate.engine.devices import check_device
 from expstate.engine.match import check_rename
 from expstate.engine.plan import RestoreOptions
@@ -132,6 +132,8 @@ class Snapshot:
         *,
         pg: Any = None,
         replicated: Sequence[str] | None = None,
+        check_replicated: bool = False,
+        timeout: float | None = None,
         storage_options: Mapping[str, Any] | None = None,
         name: str | None = None,
         tags: Iterable[str] = (),
@@ -147,6 +149,9 @@ class Snapshot:
     ) -> Snapshot:
         """Take a snapshot and wait until it is durable.
 
+        On several ranks all call it with the same path, keys and globs, and get one snapshot: what all of them have is written once, each
+        by its share; what they hold in shards is one tensor; everything else is there for each rank. An error on one rank is raised on all.
+
         Parameters
         ----------
         path : str or os.PathLike
@@ -154,9 +159,14 @@ class Snapshot:
         app_state : dict of str to Stateful
             What to take: objects with ``state_dict()`` and ``load_state_dict()``.
         pg : torch.distributed.ProcessGroup, optional
-            The process group; of one process for now.
+            The ranks that take together; default all, where ``torch.distributed`` is initialised.
         replicated : sequence of str, optional
-            Globs of entries that are the same on all ranks; recorded.
+            Globs of entries that are the same on all ranks; recorded. Not needed for modules under ``DistributedDataParallel`` or
+            with sharded parameters, and for the optimizers of their parameters.
+        check_replicated : bool, default False
+            Compare the values of these on all ranks, by digests, before anything is written.
+        timeout : float, optional
+            Seconds that a rank may stand still before all give up, naming it; default 600.
         storage_options : dict, optional
             What the storage needs to connect.
         name, note : str, optional
@@ -170,7 +180,8 @@ class Snapshot:
         overwrite : bool, default False
             Replace a snapshot that is there: it stays readable until the new one is complete.
         memory_budget_bytes : int, optional
-            Most extra host memory to use; default half of what is available, at most 32 GiB.
+            Most extra host memory that this process may use; default half of what is available, divided by the ranks of this machine, at
+            most 32 GiB.
         progress : None, bool or callable
             None shows a bar at a terminal or in a notebook when it takes longer than 2 s; a function is given a ``ProgressUpdate``
             after each piece.
@@ -192,7 +203,9 @@ class Snapshot:
         SnapshotPinnedError
             If the snapshot to overwrite is pinned or has an alias.
         AppStateError, UnsupportedValueError, InvalidNameError, InvalidMetadataError, InvalidArgumentError
-            If something that was given cannot be stored; nothing was written.
+            If something that was given cannot be stored, or ranks were given what differs; nothing was written.
+        RankFailedError
+            If another rank failed, is gone or stands still; it is named, and nothing was committed.
         StorageError
             If the storage failed; nothing of the take remains.
 
@@ -205,29 +218,33 @@ class Snapshot:
         ProvenanceWarning
             If a note or param looks like a secret, so that only a hash of it was recorded.
         """
-        origin = Origin(catalog, replicated, note, params)
-        request = make_request(
-            path,
-            app_state,
-            pg,
-            storage_options,
-            name,
-            tags,
-            origin.params,
-            metrics,
-            origin.note,
-            step,
-            overwrite,
-            memory_budget_bytes,
-            progress,
-            force,
-            origin.provenance,
-        )
-        origin.gather()
-        take, manifest, data = take_now(request)
-        origin.record(request.storage.url, manifest, data)
+        with ranks.join(pg, timeout).failing() as joined:
+            origin = Origin(catalog if joined.is_first else False, replicated, note, params)
+            request = make_request(
+                path,
+                app_state,
+                joined,
+                replicated,
+                check_replicated,
+                storage_options,
+                name,
+                tags,
+                origin.params,
+                metrics,
+                origin.note,
+                step,
+                overwrite,
+                memory_budget_bytes,
+                progress,
+                force,
+                origin.provenance,
+            )
+            if joined.is_first:
+                origin.gather()
+            take, committed = take_now(request)
+        snapshot = cls._committed(request.storage, origin, committed)
         _warn_of_trust(take)
-        return cls._opened(request.storage, manifest, data)
+        return snapshot
 
     @classmethod
     def async_take(
@@ -237,6 +254,8 @@ class Snapshot:
         *,
         pg: Any = None,
         replicated: Sequence[str] | None = None,
+        check_replicated: bool = False,
+        timeout: float | None = None,
         storage_options: Mapping[str, Any] | None = None,
         name: str | None = None,
         tags: Iterable[str] = (),
@@ -261,42 +280,42 @@ class Snapshot:
         PendingSnapshot
             To wait for.
         """
-        origin = Origin(catalog, replicated, note, params)
-        request = make_request(
-            path,
-            app_state,
-            pg,
-            storage_options,
-            name,
-            tags,
-            origin.params,
-            metrics,
-            origin.note,
-            step,
-            overwrite,
-            memory_budget_bytes,
-            progress,
-            force,
-            origin.provenance,
-        )
-        origin.gather()
-        take = Take(request)
-        storage = request.storage
-
-        def committed(manifest: Manifest, data: bytes) -> Snapshot:
-            origin.record(storage.url, manifest, data)
-            return cls._opened(storage, manifest, data)
-
-        pending = PendingSnapshot(storage.url, take, committed)
-        try:
-            take.gather()
-            take.stage()
-            _warn_of_trust(take)
-            origin.goes_on(pending, request.metadata)
-            pending._begin()  # noqa: SLF001 - not for users: it is begun when they get it
-        except BaseException:
-            pending._give_up()  # noqa: SLF001
-            raise
+        with ranks.join(pg, timeout).failing() as joined:
+            origin = Origin(catalog if joined.is_first else False, replicated, note, params)
+            request = make_request(
+                path,
+                app_state,
+                joined,
+                replicated,
+                check_replicated,
+                storage_options,
+                name,
+                tags,
+                origin.params,
+                metrics,
+                origin.note,
+                step,
+                overwrite,
+                memory_budget_bytes,
+                progress,
+                force,
+                origin.provenance,
+            )
+            if joined.is_first:
+                origin.gather()
+            take = Take(request)
+            storage, metadata = request.storage, request.metadata
+            del request  # which keeps the state alive
+            pending = PendingSnapshot(storage.url, take, lambda committed: cls._committed(storage, origin, committed))
+            try:
+                take.gather()
+                take.stage()
+                _warn_of_trust(take)
+                origin.goes_on(pending, metadata)
+                pending._begin()  # noqa: SLF001 - not for users: it is begun when they get it
+            except BaseException as error:
+                pending._give_up(error)  # noqa: SLF001
+                raise
         return pending
 
     @classmethod
@@ -367,10 +386,22 @@ class Snapshot:
 
     @classmethod
     def _opened(cls, storage: Storage, manifest: Manifest, data: bytes) -> Snapshot:
+        return cls._at(storage, (SnapshotSource(storage, manifest, data, _own_rank(manifest)), data))
+
+    @classmethod
+    def _at(cls, storage: Storage, loaded: tuple[SnapshotSource, bytes] | None) -> Snapshot:
         snapshot = cls.__new__(cls)
         snapshot._storage = storage  # noqa: SLF001 - this class's own
-        snapshot._loaded = (SnapshotSource(storage, manifest, data), data)  # noqa: SLF001
+        snapshot._loaded = loaded  # noqa: SLF001
         return snapshot
+
+    @classmethod
+    def _committed(cls, storage: Storage, origin: Origin, committed: tuple[Manifest, bytes] | None) -> Snapshot:
+        """The snapshot that was just taken; recorded by the rank that has committed it."""
+        if committed is None:
+            return cls._at(storage, None)
+        origin.record(storage.url, *committed)
+        return cls._opened(storage, *committed)
 
     # What is in it
 
@@ -387,6 +418,16 @@ class Snapshot:
     @property
     def _source(self) -> SnapshotSource:
         return self._load()[0]
+
+    def _source_of(self, rank: int | None) -> SnapshotSource:
+        """What a rank sees of it; this process's own, or the first, if none is named."""
+        if rank is None:
+            return self._source
+        world_size = self.manifest.world_size
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+            msg = f"rank must be one of the {world_size} that took the snapshot, got {rank!r}"
+            raise InvalidArgumentError(msg)
+        return self._source.of_rank(rank)
 
     @property
     def manifest(self) -> Manifest:
@@ -442,20 +483,22 @@ class Snapshot:
         """The keys of the app state that was taken."""
         return tuple(record.key for record in self.manifest.keys)
 
-    def entries(self, glob: str | None = None) -> tuple[Entry, ...]:
+    def entries(self, glob: str | None = None, *, rank: int | None = None) -> tuple[Entry, ...]:
         """The entries, in order; containers are among them.
 
         Parameters
         ----------
         glob : str, optional
             Only those whose path, or a container above it, matches; ``*`` crosses ``/``.
+        rank : int, optional
+            Whose entries, of those that each rank has of its own; default this process's, or the first's.
 
         Raises
         ------
         EntryNotFoundError
             If none matches.
         """
-        entries = self.manifest.entries
+        entries = tuple(self._source_of(rank).entries)
         if glob is None:
             return entries
         matches = paths.matcher(globs(glob, "globs"))
@@ -471,6 +514,7 @@ class Snapshot:
         self,
         key: str,
         *,
+        rank: int | None = None,
         device: torch.device | str | None = None,
         trust: bool = False,
         verify: bool = True,
@@ -482,6 +526,8 @@ class Snapshot:
         ----------
         key : str
             A key of the app state.
+        rank : int, optional
+            Whose, where each rank has values of its own; default this process's, or the first's.
         device : torch.device or str, optional
             Where tensors go; default where they were taken from if that device is there, else the CPU.
         trust : bool, default False
@@ -503,7 +549,7 @@ class Snapshot:
         checked = check_device(device)
         budget = memory.budget_bytes(memory_budget_bytes)
         path = find_key(self.manifest, key)
-        return fetch.read_tree(self._source, path, device=checked, trust=trust, verify=verify, budget=budget)
+        return fetch.read_tree(self._source_of(rank), path, device=checked, trust=trust, verify=verify, budget=budget)
 
     def read_object(
         self,
@@ -511,6 +557,7 @@ class Snapshot:
         obj_out: Any = None,
         *,
         rows: slice | None = None,
+        rank: int | None = None,
         device: torch.device | str | None = None,
         trust: bool = False,
         verify: bool = True,
@@ -526,6 +573,8 @@ class Snapshot:
             Of the entry's shape (with ``rows``, of theirs) and dtype, to read into.
         rows : slice, optional
             Only these rows of a tensor's first dimension; step 1. Only the blocks that hold them are read.
+        rank : int, optional
+            Whose, if each rank has an entry of its own at the path; default this process's, or the first's.
         device : torch.device or str, optional
             Where a new tensor goes; default where it was taken from if that device is there, else the CPU.
         trust : bool, default False
@@ -551,7 +600,7 @@ class Snapshot:
         """
         checked = check_device(device)
         budget = memory.budget_bytes(memory_budget_bytes)
-        source = self._source
+        source = self._source_of(rank)
         entry = source.by_path.get(path) if isinstance(path, str) else None
         if isinstance(entry, (TensorEntry, AliasEntry)):
             return fetch.read_tensor(source, entry, obj_out, rows, device=checked, verify=verify, budget=budget)
@@ -564,6 +613,7 @@ class Snapshot:
         self,
         app_state: dict[str, Stateful],
         *,
+        pg: Any = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         rename: Mapping[str, str] | None = None,
@@ -579,16 +629,23 @@ class Snapshot:
     ) -> RestoreReport:
         """Put state back in place. The whole plan is checked before anything live changes.
 
+        On several ranks each restores for itself, whatever the number of ranks that took: of a sharded tensor it reads what goes to its
+        own shard; what all ranks had alike comes back on every one; values that each rank had of its own come back on the rank of the
+        same number. A rank that was not there keeps what it has of these, which with ``strict`` is an error, as are values of ranks that
+        are no longer there; only ``RNGState`` makes do (see there).
+
         Parameters
         ----------
         app_state : dict of str to Stateful
             What to restore; some of the snapshot's keys or all.
+        pg : torch.distributed.ProcessGroup, optional
+            In which this process's rank counts; default all ranks.
         include, exclude : str or sequence of str, optional
             Globs on entry paths (``"model/encoder.*"``): only what they let through comes back, the rest stays as it is.
         rename : dict of str to str, optional
             Prefixes of names below a key in the snapshot to prefixes of live names, such as ``{"module.": ""}``.
         strict : bool, default True
-            Whether a module and the snapshot must have the same names.
+            Whether a module and the snapshot must have the same names, and the values of each rank a rank to go to.
         cast : bool, default False
             Convert values where the dtype differs, instead of raising.
         verify : bool, default True
@@ -639,6 +696,7 @@ class Snapshot:
             cast=cast,
             trust=trust,
             device=check_device(device),
+            position=ranks.position(pg),
         )
         budget = memory.budget_bytes(memory_budget_bytes)
         report = restore.restore(
@@ -891,7 +949,13 @@ def _read_source(storage: Storage) -> tuple[SnapshotSource, bytes]:
     with collector.paused():
         manifest, data = attempt.read_manifest(storage)
         validate(manifest)
-        return SnapshotSource(storage, manifest, data), data
+        return SnapshotSource(storage, manifest, data, _own_rank(manifest)), data
+
+
+def _own_rank(manifest: Manifest) -> int:
+    """The rank of this process, if the snapshot has one of that number, else the first."""
+    rank = 0 if manifest.world_size == 1 else ranks.position(None)[0]
+    return rank if rank < manifest.world_size else 0
 
 
 def _split_file(path: str | os.PathLike[str]) -> tuple[str, str | None]:

@@ -25,7 +25,7 @@ def aim(plans: list[KeyPlan]) -> tuple[list[Placement], list[str]]:
     for number, placement in enumerate(found):
         if placement.live is None or placement.is_new or not placement.live.tensor.numel():
             continue
-        tensor, at = placement.live.tensor, placement.live.address
+        tensor, at = placement.live.tensor, placement.live.address  # of a sharded tensor, the first part
         if at is not None:
             spans.append((0, at, at + placement.live.nbytes, number))
         else:

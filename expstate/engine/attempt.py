@@ -25,8 +25,9 @@ from expstate.format import manifest as manifests
 from expstate.format import names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from expstate.engine.ranks import Ranks
     from expstate.format.manifest import Manifest
     from expstate.storage.base import Storage
 
@@ -70,6 +71,8 @@ class Attempt:
     ----------
     lease_files : tuple of str
         Files that the lease names because they do not carry the attempt's id, and that are to go.
+    known : sequence of str
+        Data files of other ranks, which are to go too if it comes to nothing.
     committed : bool
         Whether the snapshot exists.
     """
@@ -84,6 +87,7 @@ class Attempt:
         self._replaces: bytes | None = None
         self._force = False
         self.lease_files: tuple[str, ...] = ()
+        self.known: Sequence[str] = ()
         self.id = snapshot_id
         self.token = names.attempt_of(snapshot_id)
         self.committed = False
@@ -214,7 +218,7 @@ class Attempt:
             self._storage.flush()
         except FileNotFoundError:
             raise self._lost_lease() from None
-        there = self._storage.sizes(tuple(sizes))
+        there = self._storage.sizes((*sizes, self._lease_name))
         for name, size in sizes.items():
             try:
                 found = there[name] if name in there else self._storage.stat(name).size
@@ -223,10 +227,11 @@ class Attempt:
             if found != size:
                 msg = f"file {name!r} of {self._storage.url!r} was written with {size:,} bytes and now has {max(found, 0):,}"
                 raise SnapshotWriteError(msg)
-        try:
-            self._storage.stat(self._lease_name)
-        except FileNotFoundError:
-            raise self._lost_lease() from None
+        if self._lease_name not in there:
+            try:
+                self._storage.stat(self._lease_name)
+            except FileNotFoundError:
+                raise self._lost_lease() from None
         self._check_removable()
         try:
             if self._replaces is None:
@@ -265,12 +270,18 @@ class Attempt:
                     self.finish()
                     return
                 # The lease goes last, and only if nothing is left that it could lead to.
-                left = [name for name in created if not self._removed(name)]
+                left = [name for name in dict.fromkeys((*created, *self.known)) if not self._removed(name)]
                 if left:
                     return
                 self._storage.delete(self._lease_name)
             if self._made_folder:
                 self._storage.remove_folder()
+
+    def note_files(self) -> None:
+        """Look for the data files that there are of this attempt, whoever has written them: they are to go if it comes to nothing."""
+        with contextlib.suppress(ExpstateError, OSError):
+            found = [info.name for info in self._storage.list() if names.is_of_attempt(info.name, self.token)]
+            self.known = (*self.known, *found)
 
     def _remove_temporary(self) -> None:
         # An interrupt can come between any two steps of the storage's.
@@ -303,6 +314,50 @@ class Attempt:
         # An interrupt can come between the commit and the note of it.
         data = read_committed(self._storage)
         return data is not None and data.startswith(b'{"format":') and f'"id":"{self.id}"'.encode() in data[:100]
+
+
+class FollowingAttempt:
+    """The part of another rank than the first: it has data files of its own, and leaves the lease and the commit to the first.
+
+    Parameters
+    ----------
+    storage : Storage
+        The folder.
+    snapshot_id : str
+        Of the snapshot to be.
+    ranks : Ranks
+        Who decide together.
+
+    Attributes
+    ----------
+    committed : bool
+        Whether the snapshot exists.
+    """
+
+    def __init__(self, storage: Storage, snapshot_id: str, ranks: Ranks) -> None:
+        self._storage = storage
+        self._ranks = ranks
+        self.id = snapshot_id
+        self.token = names.attempt_of(snapshot_id)
+        self.committed = False
+
+    def begin(self, *, overwrite: bool, force: bool = False) -> None:
+        """Nothing: the first rank has begun."""
+
+    def renew(self) -> None:
+        """Nothing: the first rank says that the attempt is alive."""
+
+    def finish(self) -> None:
+        """The first rank has committed."""
+        self.committed = True
+
+    def abort(self, created: Iterable[str]) -> None:
+        """Remove what this rank has put there, unless the first rank may have committed it."""
+        if self.committed or not self._ranks.decide_to_give_up():
+            return
+        for name in created:
+            with contextlib.suppress(ExpstateError, OSError):
+                self._storage.delete(name)
 
 
 def read_manifest(storage: Storage) -> tuple[Manifest, bytes]:

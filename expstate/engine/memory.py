@@ -238,12 +238,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def means(storage: Storage, budget: int) -> tuple[int, int]:
+def means(storage: Storage, budget: int, local_ranks: int = 1) -> tuple[int, int]:
     """Threads that should work on a storage at once, and the bytes that their buffers may have of a budget.
 
-    What the storage holds of a write or read besides, it has from the same budget.
+    What the storage holds of a write or read besides, it has from the same budget. Ranks of one machine share its threads.
     """
     threads = storage.thread_count or settings.current().thread_count
+    if not settings.current().io_threads:
+        threads = max(2, threads // local_ranks)
     if storage.copies:
         budget //= 1 + storage.copies
         threads = max(1, min(threads, budget // WINDOW_BYTES))

@@ -62,6 +62,13 @@ def state_devices(optimizer: torch.optim.Optimizer, root: str) -> Callable[[str,
     return device_of
 
 
+def parameter_of(optimizer: torch.optim.Optimizer, path: str, root: str) -> torch.Tensor | None:
+    """The parameter that what lies at a path is state of."""
+    parameters = _parameters(optimizer)
+    place = _place(path, root)
+    return parameters[place[0]] if place is not None and place[0] < len(parameters) else None
+
+
 def must_fit(stateful: object, path: str) -> bool:
     """Whether state at this path must have the live state's shape."""
     return isinstance(stateful, torch.optim.Optimizer) and path.rpartition("/")[2] in _PARAMETER_SHAPED

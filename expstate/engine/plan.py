@@ -17,7 +17,7 @@ from expstate.engine import match, meta, optimizers
 from expstate.engine.devices import usable_device
 from expstate.errors import ExpstateError
 from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry, ValueEntry
-from expstate.state import codecs, paths, tensors, tree
+from expstate.state import codecs, paths, sharding, tensors, tree
 from expstate.state.values import decode
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class RestoreOptions:
     cast: bool
     trust: bool
     device: torch.device | None
+    position: tuple[int, int] = (0, 1)
+    """This rank, and how many there are."""
     is_part: bool = False
     """Whether the snapshot was meant to hold only some names of a module, so that none is missing from it."""
 
@@ -48,8 +50,12 @@ class Placement(msgspec.Struct, eq=False):
     path: str
     stored_path: str
     entry: TensorEntry
-    live: tree.Array | None
+    live: tree.Array | tree.Sharded | None
     device: torch.device
+    like: torch.Tensor | None = None
+    """The sharded parameter that new memory is to be sharded like."""
+    parts: tuple[sharding.Part, ...] | None = None
+    """Of a sharded tensor, what is here."""
     value: Any = None
     tensor: torch.Tensor | None = None
     array: Any = None
@@ -59,6 +65,13 @@ class Placement(msgspec.Struct, eq=False):
     def is_new(self) -> bool:
         """Whether it is read into memory that does not exist yet."""
         return self.live is None or self.live.tensor.is_meta
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form that are needed here."""
+        if self.parts is None:
+            return self.entry.nbytes
+        return sum(part.tensor.numel() for part in self.parts) * self.entry.itemsize
 
     @property
     def is_cast(self) -> bool:
@@ -275,6 +288,8 @@ class _KeyPlanner:
             assert isinstance(tensor, TensorEntry)
             live = self._live_array(entry.path, tensor, path) if in_place else None
             placement = Placement(path, entry.path, tensor, live, self._device_of(path, tensor.device))
+            if live is None:
+                placement.like = self._like(path, tensor)
             if live is not None and live.kind == "numpy" and live.dtype != tensor.dtype:
                 placement.live, placement.array = None, live.value
             plan.placements.append(placement)
@@ -287,14 +302,29 @@ class _KeyPlanner:
             except ExpstateError as error:
                 plan.problems.append(f"entry {entry.path!r}: {error}")
 
-    def _live_array(self, stored_path: str, entry: TensorEntry, path: str) -> tree.Array | None:
-        """The live tensor or array that the entry can be read into; problems where there is one that should fit and does not."""
+    def _like(self, path: str, entry: TensorEntry) -> torch.Tensor | None:
+        """The sharded parameter that a state of this path belongs to, if it has its shape."""
+        if not isinstance(self._plan.stateful, torch.optim.Optimizer):
+            return None
+        parameter = optimizers.parameter_of(self._plan.stateful, path, self._root)
+        fits = parameter is not None and sharding.is_sharded(parameter) and tuple(parameter.shape) == entry.shape and entry.kind != "numpy"
+        return parameter if fits else None
+
+    def _leaf(self, path: str) -> tree.Leaf | None:
+        """What is live at a path; a tied tensor as if it were not."""
         leaf = self._live.get(path)
-        if isinstance(leaf, tree.Alias):
-            target = self._live[leaf.target]
-            assert isinstance(target, tree.Array)
-            leaf = tree.Array(path, target.kind, target.dtype, target.shape, target.tensor, leaf.value, target.requires_grad)
-        if not isinstance(leaf, tree.Array) or (leaf.kind == "numpy") != (entry.kind == "numpy"):
+        if not isinstance(leaf, tree.Alias):
+            return leaf
+        target = self._live[leaf.target]
+        assert isinstance(target, (tree.Array, tree.Sharded))
+        if isinstance(target, tree.Sharded):
+            return msgspec.structs.replace(target, path=path, value=leaf.value)
+        return tree.Array(path, target.kind, target.dtype, target.shape, target.tensor, leaf.value, target.requires_grad)
+
+    def _live_array(self, stored_path: str, entry: TensorEntry, path: str) -> tree.Array | tree.Sharded | None:
+        """The live tensor or array that the entry can be read into; problems where there is one that should fit and does not."""
+        leaf = self._leaf(path)
+        if not isinstance(leaf, (tree.Array, tree.Sharded)) or (leaf.kind == "numpy") != (entry.kind == "numpy"):
             if self._is_module and leaf is not None:
                 self._plan.problems.append(f"entry {stored_path!r} is a tensor in the snapshot and none in the live module")
             return None
@@ -360,7 +390,9 @@ def _is_text(one: str, other: str) -> bool:
     return one[1:2] == other[1:2] and one[1:2] in {"U", "S"} and one[0] in "<>|="
 
 
-def _is_in_place(leaf: tree.Array) -> bool:
+def _is_in_place(leaf: tree.Array | tree.Sharded) -> bool:
+    if isinstance(leaf, tree.Sharded):
+        return all(tensors.is_writable_in_place(part.tensor) for part in leaf.parts)
     if leaf.kind == "numpy":
         return bool(leaf.value.flags.c_contiguous and leaf.value.flags.writeable)
     return leaf.address is not None or tensors.is_writable_in_place(leaf.tensor)

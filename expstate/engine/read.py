@@ -39,12 +39,14 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     """A tensor to fill with the bytes of an entry, or part of it; made by ``target``.
 
     ``dtype`` is the stored dtype if it is not the tensor's. ``address`` is where the stored bytes can be put as they are, in plain host
-    memory, or None.
+    memory, or None. With ``within``, the sizes of a box and where in it the tensor begins, the stored form is that of the box, and what
+    of it is no part of the tensor is left out.
     """
 
     tensor: torch.Tensor
     dtype: torch.dtype | None = None
     address: int | None = None
+    within: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 def target(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Target:
@@ -306,5 +308,9 @@ def check_block(read: Read, start: int, view: memoryview, file: FileReader) -> D
 def _put(read: Read, target: Target, buffer: Buffer, at: int) -> None:
     """Copy what was read to where it belongs, which is no plain host memory; on an accelerator that only begins here."""
     nbytes = read.last - read.first
+    if target.within is not None:
+        sizes, starts = target.within
+        tensors.copy_part_in(target.tensor, sizes, starts, read.at, read.at + nbytes, buffer.address + at, target.dtype)
+        return
     source = None if target.tensor.is_cpu else buffer.tensor[at : at + nbytes]
     tensors.copy_in(target.tensor, read.at, read.at + nbytes, buffer.address + at, source, target.dtype)

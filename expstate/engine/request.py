@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from expstate.engine import memory
 from expstate.engine.take import TakeRequest, check_app_state
 from expstate.errors import InvalidArgumentError
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from expstate.engine.ranks import Ranks
     from expstate.state.stateful import Stateful
 
 
@@ -32,7 +31,9 @@ def globs(given: str | Sequence[str], what: str) -> tuple[str, ...]:
 def make_request(
     path: str | os.PathLike[str],
     app_state: dict[str, Stateful],
-    pg: Any,
+    ranks: Ranks,
+    replicated: Sequence[str] | None,
+    check_replicated: bool,
     storage_options: Mapping[str, Any] | None,
     name: str | None,
     tags: Iterable[str],
@@ -49,7 +50,7 @@ def make_request(
     """Check everything that was given to a take."""
     check_app_state(app_state)
     check_option(progress)
-    _check_process_group(pg)
+    given = () if replicated is None else globs(replicated, "replicated")
     return TakeRequest(
         storage=registry.open_storage(path, storage_options),
         app_state=dict(app_state),
@@ -59,17 +60,7 @@ def make_request(
         force=force,
         memory_budget_bytes=memory.budget_bytes(memory_budget_bytes),
         progress=progress,
+        ranks=ranks,
+        replicated=given,
+        check_replicated=check_replicated,
     )
-
-
-def _check_process_group(pg: Any) -> None:
-    available = torch.distributed.is_available()
-    if pg is not None and not (available and isinstance(pg, torch.distributed.ProcessGroup)):
-        msg = f"pg must be a process group of torch.distributed, got {pg!r}"
-        raise InvalidArgumentError(msg)
-    if not available or not torch.distributed.is_initialized():
-        return
-    size = torch.distributed.get_world_size(pg)
-    if size > 1:
-        msg = f"this version takes snapshots of one process, and the process group has {size}; take on one rank, to a path of its own"
-        raise InvalidArgumentError(msg)

@@ -26,7 +26,8 @@ from expstate.format.manifest import ContainerEntry, ObjectEntry
 from expstate.progress import Progress, ProgressOption
 from expstate.state import paths, tensors, tree
 from expstate.state.objects import unpickle_object
-from expstate.state.stateful import RNGState
+from expstate.state.sharding import sharding_of
+from expstate.state.stateful import RNGState, seed_generators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,8 @@ class _Restore:
         self._reader: PieceReader | None = None
         self._copied: set[int] = set()
         self._loaded: list[KeyPlan] = []
+        self._problems: list[str] = []
+        self._to_seed: list[str] = []
         self.nbytes = 0
 
     # Planning
@@ -54,9 +57,11 @@ class _Restore:
     def plan(self, app_state: Mapping[str, Stateful]) -> None:
         """Plan every key and raise all problems at once."""
         roots = {key: find_key(self._source.manifest, key) for key in app_state}
-        selected = self._selection(set(roots.values()))
+        selected = self._on_this_rank(app_state, roots, self._selection(set(roots.values())))
         states = state_dicts(app_state)
         for key, stateful in app_state.items():
+            if key in self._to_seed:
+                continue
             plan = plan_key(self._source, key, stateful, states[key], self._options, selected)
             if plan.items or plan.problems:
                 self._plans.append(plan)
@@ -65,7 +70,7 @@ class _Restore:
         options = self._options
         if options.include is None and not options.exclude:
             return None
-        known = [entry.path for entry in self._source.manifest.entries if entry.path.partition("/")[0] in roots]
+        known = [entry.path for entry in self._source.entries if entry.path.partition("/")[0] in roots]
         for glob in (*(options.include or ()), *options.exclude):
             matches = paths.matcher([glob])
             if not any(matches(path) for path in known):
@@ -73,6 +78,38 @@ class _Restore:
                 raise EntryNotFoundError(msg)
         included, excluded = paths.matcher(options.include or ("*",)), paths.matcher(options.exclude)
         return lambda path: included(path) and not excluded(path)
+
+    def _on_this_rank(
+        self, app_state: Mapping[str, Stateful], roots: Mapping[str, str], selected: Callable[[str], bool] | None
+    ) -> Callable[[str], bool] | None:
+        """What comes back here of what each rank had of its own, where there are more or fewer ranks than at the take."""
+        manifest, (rank, size) = self._source.manifest, self._options.position
+        if manifest.world_size in {1, size}:
+            return selected
+        generators = {roots[key] for key, stateful in app_state.items() if isinstance(stateful, RNGState)}
+        wanted = set(roots.values()) - generators
+        own = [
+            (entry.path, entry.rank)
+            for entry in manifest.entries
+            if entry.rank is not None and not isinstance(entry, ContainerEntry) and entry.path.partition("/")[0] in wanted
+        ]
+        if selected is not None:
+            own = [(path, of_rank) for path, of_rank in own if selected(path)]
+        gone = list(dict.fromkeys(path for path, of_rank in own if of_rank >= size))
+        if gone and self._options.strict:
+            ranks = f"{size} to {manifest.world_size - 1}" if manifest.world_size - size > 1 else str(size)
+            self._problems.append(f"there is no rank {ranks} any more to take its values of {some(gone)}; pass strict=False to do without")
+        if rank < manifest.world_size:
+            return selected
+        lacking = {path for path, _ in own}
+        if lacking and self._options.strict:
+            found = some(sorted(lacking))
+            self._problems.append(f"rank {rank} was not there at the take, and nothing was taken for it of {found}; pass strict=False")
+        self._to_seed = [key for key in app_state if roots[key] in generators and self._has_own(roots[key])]
+        return lambda path: path not in lacking and (selected is None or selected(path))
+
+    def _has_own(self, root: str) -> bool:
+        return any(entry.rank is not None for entry in self._source.subtree(root))
 
     def file_numbers(self) -> set[int]:
         """The files that the plan needs."""
@@ -93,7 +130,7 @@ class _Restore:
                         refused.append(f"entry {item.path!r} ({item.type}): {error}")
             self._check_meta(plan)
         self._placements, overlaps = aim(self._plans)
-        problems = [problem for plan in self._plans for problem in plan.problems] + overlaps
+        problems = self._problems + [problem for plan in self._plans for problem in plan.problems] + overlaps
         if refused and not problems:
             raise PickleNotAllowedError("; ".join(refused))
         problems += refused
@@ -101,7 +138,7 @@ class _Restore:
             text = problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
             msg = f"the snapshot does not fit the live state, and nothing was changed: {text}"
             raise RestoreMismatchError(msg, problems)
-        self.nbytes = sum(placement.entry.nbytes for placement in self._placements)
+        self.nbytes = sum(placement.nbytes for placement in self._placements)
 
     def _check_meta(self, plan: KeyPlan) -> None:
         """What stays on the meta device is a problem where everything should come back."""
@@ -127,7 +164,7 @@ class _Restore:
                 for placement in self._placements:
                     shadow = shadows.get(id(placement))
                     if shadow is not None:
-                        _copy(shadow, placement)
+                        _copy(placement, shadow)
                         self._copied.add(id(placement))
                     elif not (atomic and placement.is_new):
                         reads += self._reads(placement)
@@ -136,29 +173,43 @@ class _Restore:
                 with collector.paused():
                     _load(plan, strict=self._options.strict)
                 self._loaded.append(plan)
+            for key in self._to_seed:
+                seed_generators(f"{self._source.manifest.id}/{key}/{self._options.position[0]}")
         except BaseException as error:
             raise self._interrupted(error) from error
 
     def _reads(self, placement: Placement) -> Iterator[Read]:
+        if placement.parts is not None:
+            dtype = _stored_dtype(placement) if placement.is_cast else None
+            for part in placement.parts:
+                yield from self._source.region_reads(placement.entry, part.starts, part.tensor, dtype)
+            return
+        yield from self._reads_whole(placement)
+
+    def _reads_whole(self, placement: Placement) -> Iterator[Read]:
         if placement.is_cast:
             return self._source.reads(placement.entry, placement.tensor, _stored_dtype(placement))
         known_at = placement.live.address if placement.live is not None else None
         return self._source.reads(placement.entry, placement.tensor, address=known_at)
 
-    def _read_first(self) -> dict[int, torch.Tensor]:
+    def _read_first(self) -> dict[int, list[torch.Tensor]]:
         """Read and verify everything: what goes to live memory into host memory if the budget holds it, else only to verify."""
         live = [placement for placement in self._placements if not placement.is_new]
-        fits = sum(placement.entry.nbytes for placement in live) + memory.WINDOW_BYTES + memory.SLACK_BYTES <= self._budget
-        shadows: dict[int, torch.Tensor] = {}
+        fits = sum(placement.nbytes for placement in live) + memory.WINDOW_BYTES + memory.SLACK_BYTES <= self._budget
+        shadows: dict[int, list[torch.Tensor]] = {}
         reads: list[Read] = []
         for placement in self._placements:
             if placement.is_new:
                 reads += self._reads(placement)
                 continue
             if fits:
-                shadows[id(placement)] = _shadow(placement)
-            reads += self._source.reads(placement.entry, shadows.get(id(placement)))
-        self._read(reads, held=sum(shadow.nbytes for shadow in shadows.values()))
+                shadows[id(placement)] = _shadows(placement)
+            if placement.parts is None or not fits:
+                reads += self._source.reads(placement.entry, shadows[id(placement)][0] if fits else None)
+                continue
+            for part, shadow in zip(placement.parts, shadows[id(placement)], strict=True):
+                reads += self._source.region_reads(placement.entry, part.starts, shadow)
+        self._read(reads, held=sum(shadow.nbytes for found in shadows.values() for shadow in found))
         self._reader = None
         return shadows
 
@@ -170,11 +221,14 @@ class _Restore:
                 live = placement.live
                 if live is not None and not placement.is_new:
                     placement.value, placement.tensor = live.value, live.tensor
+                    placement.parts = live.parts if isinstance(live, tree.Sharded) else None
                     continue
                 sharing = plan.sharing(placement)
                 if sharing not in made:
-                    made[sharing] = allocate(placement.entry, placement.device) if live is None else _like(live, placement.device)
+                    made[sharing] = _make(placement)
                 placement.value, placement.tensor = made[sharing]
+                if placement.like is not None:
+                    placement.parts = sharding_of(placement.value).parts
 
     def _read(self, reads: list[Read], *, held: int = 0) -> None:
         threads, budget = memory.means(self._source.storage, max(self._budget - held, 2 * settings.MIB))
@@ -210,7 +264,7 @@ class _Restore:
         """What was done."""
         plans = self._plans
         return RestoreReport(
-            keys=tuple(plan.key for plan in plans),
+            keys=(*(plan.key for plan in plans), *self._to_seed),
             restored=tuple(path for plan in plans for path in plan.stored_paths),
             missing=tuple(name for plan in plans for name in plan.missing),
             unexpected=tuple(path for plan in plans for path in plan.unexpected),
@@ -251,27 +305,38 @@ def _stored_dtype(placement: Placement) -> torch.dtype | None:
     return None if placement.entry.kind == "numpy" else tensors.DTYPES[placement.entry.dtype]
 
 
-def _like(live: tree.Array, device: torch.device) -> tuple[Any, torch.Tensor]:
-    """Memory for a tensor on the meta device."""
-    tensor = torch.empty(live.shape, dtype=live.tensor.dtype, device=device)
-    return tensor, tensor
+def _make(placement: Placement) -> tuple[Any, torch.Tensor]:
+    """New memory: for a tensor on the meta device, for one that is sharded as its parameter is, or for one that is only stored."""
+    live = placement.live
+    if live is not None:
+        tensor = torch.empty(live.shape, dtype=live.tensor.dtype, device=placement.device)
+        return tensor, tensor
+    if placement.like is not None:
+        dtype = tensors.DTYPES[placement.entry.dtype]
+        with torch.no_grad():
+            made = torch.empty_like(placement.like, dtype=dtype, requires_grad=False)
+        return made, torch.empty(0, dtype=dtype)
+    return allocate(placement.entry, placement.device)
 
 
-def _shadow(placement: Placement) -> torch.Tensor:
+def _shadows(placement: Placement) -> list[torch.Tensor]:
     """Host memory for what goes to live memory later."""
     if placement.entry.kind == "numpy":
-        return torch.empty(placement.entry.nbytes, dtype=torch.uint8, device="cpu")
-    return torch.empty(placement.entry.shape, dtype=_stored_dtype(placement), device="cpu")
+        return [torch.empty(placement.entry.nbytes, dtype=torch.uint8, device="cpu")]
+    shapes = [placement.entry.shape] if placement.parts is None else [part.sizes for part in placement.parts]
+    return [torch.empty(shape, dtype=_stored_dtype(placement), device="cpu") for shape in shapes]
 
 
-def _copy(shadow: torch.Tensor, placement: Placement) -> None:
+def _copy(placement: Placement, shadows: list[torch.Tensor]) -> None:
     assert placement.tensor is not None
-    if not placement.is_cast:
-        # The bytes as they are: some dtypes cannot be copied as values.
-        tensors.copy_in(placement.tensor, 0, shadow.nbytes, shadow.data_ptr(), tensors.as_bytes(shadow))
-    else:
-        with torch.no_grad():
-            placement.tensor.copy_(shadow)
+    live = [placement.tensor] if placement.parts is None else [part.tensor for part in placement.parts]
+    for tensor, shadow in zip(live, shadows, strict=True):
+        if not placement.is_cast:
+            # The bytes as they are: some dtypes cannot be copied as values.
+            tensors.copy_in(tensor, 0, shadow.nbytes, shadow.data_ptr(), tensors.as_bytes(shadow))
+        else:
+            with torch.no_grad():
+                tensor.copy_(shadow)
 
 
 def _load(plan: KeyPlan, *, strict: bool) -> None:

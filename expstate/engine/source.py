@@ -11,6 +11,7 @@ import copy
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
 from blake3 import blake3
 
 from expstate.engine.attempt import read_committed
@@ -20,7 +21,7 @@ from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, AliasEntry, Box,
 from expstate.state import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -38,13 +39,26 @@ class SnapshotSource:
         Validated.
     data : bytes
         The manifest's bytes, to notice that it was replaced.
+    rank : int, default 0
+        Whose entries are seen, of those that only one rank has.
+
+    Attributes
+    ----------
+    entries : sequence of Entry
+        Those of all ranks and those of this one, in order.
+    by_path : dict of str to Entry
+        The same.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, data: bytes) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, data: bytes, rank: int = 0) -> None:
         self.storage = storage
         self.manifest = manifest
         self._data = data
-        self.by_path: dict[str, Entry] = {entry.path: entry for entry in manifest.entries}
+        self.rank = rank
+        self.entries: Sequence[Entry] = manifest.entries
+        if manifest.world_size > 1:
+            self.entries = [entry for entry in manifest.entries if entry.rank is None or entry.rank == rank]
+        self.by_path: dict[str, Entry] = {entry.path: entry for entry in self.entries}
         self.files: list[FileReader | None] = []
 
     def subtree(self, path: str) -> list[Entry]:
@@ -52,7 +66,11 @@ class SnapshotSource:
         if not isinstance(path, str) or path not in self.by_path:
             raise EntryNotFoundError(_not_found(path, self.by_path))
         below = f"{path}/"
-        return [entry for entry in self.manifest.entries if entry.path == path or entry.path.startswith(below)]
+        return [entry for entry in self.entries if entry.path == path or entry.path.startswith(below)]
+
+    def of_rank(self, rank: int) -> SnapshotSource:
+        """The same snapshot as another rank sees it."""
+        return self if rank == self.rank or self.manifest.world_size == 1 else SnapshotSource(self.storage, self.manifest, self._data, rank)
 
     def resolve(self, entry: Entry) -> Entry:
         """The entry itself, or the tensor that an alias is tied to."""
@@ -202,6 +220,34 @@ class SnapshotSource:
             begin, end = (first - starts[0]) * row_bytes, (last - starts[0]) * row_bytes
             yield from self.box_reads(entry.path, box, sizes[0] * row_bytes, begin, end, target(part, dtype))
 
+    def region_reads(
+        self, entry: TensorEntry, starts: tuple[int, ...], tensor: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> Iterator[Read]:
+        """The reads that fill ``tensor`` with the box of the entry at ``starts`` that has its shape: only the blocks that hold it."""
+        for box, nbytes in self.box_sizes(entry):
+            at, sizes = box.starts or (0,) * len(entry.shape), box.sizes or entry.shape
+            first = tuple(map(max, starts, at))
+            counts = tuple(
+                min(start + count, low + size) - begin
+                for start, count, low, size, begin in zip(starts, tensor.shape, at, sizes, first, strict=True)
+            )
+            if any(count <= 0 for count in counts):
+                continue
+            part = region(tensor, tuple(begin - start for begin, start in zip(first, starts, strict=True)), counts)
+            if counts == sizes:
+                yield from self.box_reads(entry.path, box, nbytes, 0, nbytes, target(part, dtype))
+                continue
+            within = tuple(begin - low for begin, low in zip(first, at, strict=True))
+            ranges = list(_byte_ranges(sizes, within, counts, entry.itemsize))
+            if len(ranges) == 1 and counts[1:] == sizes[1:]:
+                ((start, stop),) = ranges
+                yield from self.box_reads(entry.path, box, nbytes, start, stop, target(part, dtype))
+                continue
+            for start, stop in _whole_blocks(ranges, nbytes):
+                goal = Target(part, dtype, None, (sizes, within))
+                for read in self.box_reads(entry.path, box, nbytes, start, stop, goal):
+                    yield msgspec.structs.replace(read, at=start)
+
     def box_reads(self, path: str, box: Box, nbytes: int, start: int, stop: int, goal: Target | None) -> Iterator[Read]:
         """The read of bytes ``start`` to ``stop`` of a box, widened to whole blocks."""
         if start >= stop:
@@ -214,6 +260,42 @@ class SnapshotSource:
         last = min(nbytes, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
         digests = blocks[first // BLOCK_BYTES * DIGEST_BYTES : -(-last // BLOCK_BYTES) * DIGEST_BYTES]
         yield Read(path, box.file, box.offset + first, last - first, digests, goal, start - first, stop - first, 0)
+
+
+def _byte_ranges(
+    sizes: tuple[int, ...], starts: tuple[int, ...], counts: tuple[int, ...], itemsize: int, base: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Bytes of a box that hold a part of it, in order; what lies between them is left out where it is long."""
+    row_bytes = math.prod(sizes[1:]) * itemsize
+    used_bytes = math.prod(counts[1:]) * itemsize
+    if len(sizes) == 1 or counts[1:] == sizes[1:] or row_bytes - used_bytes < BLOCK_BYTES:
+        begin, end = ((row * row_bytes) + base for row in (starts[0], starts[0] + counts[0]))
+        if counts[1:] != sizes[1:]:
+            # From the first element to the last.
+            strides = [math.prod(sizes[number + 1 :]) * itemsize for number in range(1, len(sizes))]
+            begin += sum(start * stride for start, stride in zip(starts[1:], strides, strict=True))
+            last = sum((start + count - 1) * stride for start, count, stride in zip(starts[1:], counts[1:], strides, strict=True))
+            end += last + itemsize - row_bytes
+        yield begin, end
+        return
+    for row in range(starts[0], starts[0] + counts[0]):
+        yield from _byte_ranges(sizes[1:], starts[1:], counts[1:], itemsize, base + row * row_bytes)
+
+
+def _whole_blocks(ranges: Iterable[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole blocks that hold these ranges, each block once."""
+    begin = end = -1
+    for start, stop in ranges:
+        first, last = start // BLOCK_BYTES * BLOCK_BYTES, min(nbytes, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
+        if end < 0:
+            begin, end = first, last
+        elif first <= end:
+            end = max(end, last)
+        else:
+            yield begin, end
+            begin, end = first, last
+    if end >= 0:
+        yield begin, end
 
 
 def shaped(entry: TensorEntry, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """A take from beginning to end: state gathered and flattened, laid out, moved, committed.
 
 ``Take`` does it in three steps, so that a caller can go on between them: ``gather`` looks at the state, ``write`` (or ``stage``
-and later ``write_staged``) moves it, ``commit`` makes it exist. Whatever goes wrong, ``abort`` leaves the place as it was.
+and later ``write_staged``) moves it, ``commit`` makes it exist. Whatever goes wrong, ``abort`` leaves the place as it was. On several
+ranks each does all of this with its share; the first one has the lease and commits.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 
 from expstate import collector
 from expstate._version import __version__
-from expstate.engine import ancestry, crew, memory
-from expstate.engine.attempt import Attempt
+from expstate.engine import agreement, ancestry, crew, memory, merge, share
+from expstate.engine.attempt import Attempt, FollowingAttempt
 from expstate.engine.digest import box_digest
 from expstate.engine.write import FilesWriter
-from expstate.errors import AppStateError, UnsupportedValueError
+from expstate.errors import AppStateError, TakeCancelledError, UnsupportedValueError
 from expstate.format import manifest as manifests
 from expstate.format import names
 from expstate.format.layout import BYTES, DataFile, Source, lay_out
@@ -32,6 +33,7 @@ from expstate.format.manifest import (
     Box,
     ContainerEntry,
     Entry,
+    FileRecord,
     KeyRecord,
     Manifest,
     Metadata,
@@ -39,6 +41,7 @@ from expstate.format.manifest import (
     TensorEntry,
     ValueEntry,
 )
+from expstate.format.validate import validate
 from expstate.progress import Progress, ProgressOption
 from expstate.state import tree
 from expstate.state.objects import PickledObject, pickle_object
@@ -48,6 +51,7 @@ from expstate.state.tensors import ITEM_SIZES, NAMES
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from expstate.engine.ranks import Ranks
     from expstate.storage.base import Storage
 
 
@@ -63,8 +67,13 @@ class TakeRequest:
     force: bool
     memory_budget_bytes: int
     progress: ProgressOption
+    ranks: Ranks
+    replicated: tuple[str, ...] = ()
+    check_replicated: bool = False
 
 
+_LEAVE_SECONDS = 10.0
+"""So long the first rank waits for others to remove what they have written, when a take has failed."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -115,10 +124,16 @@ class Take:
 
     def __init__(self, request: TakeRequest) -> None:
         self._request = request
+        self._ranks = request.ranks
         self._storage = request.storage
         self._stop = crew.Stop()
-        self.id = names.new_id()
-        self._attempt = Attempt(request.storage, self.id, "take")
+        self._ranks.on_failure(self._stop.set)
+        self.id = agreement.agree_on_id(request)
+        self._attempt: Attempt | FollowingAttempt
+        if self._ranks.is_first:
+            self._attempt = Attempt(request.storage, self.id, "take")
+        else:
+            self._attempt = FollowingAttempt(request.storage, self.id, self._ranks)
         self._created_at = dt.datetime.now(dt.timezone.utc)
         self._begun = time.monotonic()
         self._looked_at = 0
@@ -127,13 +142,14 @@ class Take:
         self._keys: list[KeyRecord] = []
         self._sources: list[torch.Tensor] = []
         self._addresses: list[int | None] = []
-        self._shapes: list[tuple[int, ...]] = []
+        self._placed: list[Source] = []
         self._devices: list[str] = []
-        self._number_of: dict[str, int] = {}
+        self._numbers_of: dict[str, range] = {}
         self._objects: dict[str, PickledObject] = {}
         self._types: dict[str, str] = {}
+        self._of_all: dict[str, str] = {}
         self._files: list[DataFile] = []
-        self._namer = names.FileNamer(self._attempt.token)
+        self._namer = names.FileNamer(self._attempt.token, self._ranks.rank if self._ranks.size > 1 else None)
         self._writers: list[FilesWriter] = []
         self._staging: memory.Staging | None = None
         self._progress: Progress | None = None
@@ -156,26 +172,61 @@ class Take:
     def gather(self) -> None:
         """Take hold of the place, then of the state: flattened, objects pickled, everything laid out."""
         self._attempt.begin(overwrite=self._request.overwrite, force=self._request.force)
+        agreement.wait_for_first(self._ranks, "begun")
         self._looked_at = ancestry.moment()
         self._parent = ancestry.parent_of(self._request.app_state)
         states = state_dicts(self._request.app_state)
         with collector.paused():
-            for key, state in states.items():
+            leaves = {key: tree.flatten(key, state) for key, state in states.items()}
+            pieces = self._share(leaves)
+            for key in states:
                 stateful = type(self._request.app_state[key])
                 self._keys.append(KeyRecord(key, f"{stateful.__module__}.{stateful.__qualname__}"))
-                leaves = tree.flatten(key, state)
-                self._leaves += leaves
-                self._lay_out_key(key, leaves)
+                self._leaves += leaves[key]
+                self._lay_out_key(key, leaves[key], pieces)
         self.total_bytes = sum(box.nbytes for file in self._files for box in file.boxes)
         # From here on their state is all that is needed: statefuls are not kept alive by a take that is still being written.
         self._request = dataclasses.replace(self._request, app_state={})
 
-    def _lay_out_key(self, key: str, leaves: Sequence[tree.Leaf]) -> None:
-        arrays = [leaf for leaf in leaves if isinstance(leaf, tree.Array)]
+    def _share(self, leaves: Mapping[str, Sequence[tree.Leaf]]) -> dict[str, list[share.Piece]]:
+        """What this rank writes of the arrays that others have too; their paths, with their devices, are noted in ``_of_all``."""
+        ranks = self._ranks
+        if ranks.size == 1 and not any(isinstance(leaf, tree.Sharded) for found in leaves.values() for leaf in found):
+            return {}
+        is_replicated = share.rule(self._request.app_state, self._request.replicated)
+        everyone = range(ranks.size)
+        holdings = share.Holdings()
+        for key, found in leaves.items():
+            for leaf in found:
+                if isinstance(leaf, tree.Sharded):
+                    holders = [number for rank in leaf.holders if (number := ranks.group_rank(rank)) is not None]
+                    holdings.add(leaf, holders)
+                    self._of_all[leaf.path] = _device_name(leaf.parts[0].tensor) if leaf.parts else str(leaf.value.device)
+                elif isinstance(leaf, tree.Array) and ranks.size > 1 and is_replicated(key, leaf.path):
+                    holdings.add(leaf, everyone)
+                    self._of_all[leaf.path] = _device_name(leaf.tensor)
+                elif isinstance(leaf, tree.Object) and ranks.size > 1 and is_replicated(key, leaf.path):
+                    self._of_all[leaf.path] = "cpu"
+        agreement.check_alike(ranks, holdings, digests=self._request.check_replicated)
+        return holdings.pieces(ranks.rank)
+
+    def _lay_out_key(self, key: str, leaves: Sequence[tree.Leaf], pieces: Mapping[str, Sequence[share.Piece]]) -> None:
+        sources: list[Source] = []
+        tensors: list[torch.Tensor] = []
+        addresses: list[int | None] = []
+        for leaf in leaves:
+            if isinstance(leaf, tree.Array) and leaf.path not in self._of_all:
+                sources.append(_source(leaf))
+                tensors.append(leaf.tensor)
+                addresses.append(leaf.address)
+            elif isinstance(leaf, (tree.Array, tree.Sharded)):
+                for piece in pieces.get(leaf.path, ()):
+                    sources.append(_piece_source(leaf, piece))
+                    tensors.append(piece.tensor)
+                    addresses.append(piece.address)
         aliases = [(leaf.path, leaf.target) for leaf in leaves if isinstance(leaf, tree.Alias)]
-        sources = [_source(leaf) for leaf in arrays]
         if sources:
-            self._add_files(key, sources, [leaf.tensor for leaf in arrays], [leaf.address for leaf in arrays], aliases)
+            self._add_files(key, sources, tensors, addresses, aliases)
         objects = [leaf for leaf in leaves if isinstance(leaf, tree.Object)]
         for leaf in objects:
             try:
@@ -187,6 +238,7 @@ class Take:
             self._types[leaf.path] = f"{type(leaf.value).__module__}.{type(leaf.value).__qualname__}"
             if pickled.needs_trust:
                 self.needing_trust.append((leaf.path, pickled.reason))
+        objects = [leaf for leaf in objects if self._ranks.is_first or leaf.path not in self._of_all]
         if objects:
             # In a file of their own: the key's file holds its tensors and nothing else.
             stored = [self._objects[leaf.path].data for leaf in objects]
@@ -205,19 +257,21 @@ class Take:
         first = len(self._sources)
         self._sources += tensors
         self._addresses += addresses
-        self._shapes += [source.shape for source in sources]
+        self._placed += sources
         self._devices += ["cpu" if tensor.is_cpu else str(tensor.device) for tensor in tensors]
-        self._number_of |= {source.path: first + index for index, source in enumerate(sources)}
+        for number, source in enumerate(sources, first):
+            before = self._numbers_of.get(source.path)
+            self._numbers_of[source.path] = range(number, number + 1) if before is None else range(before.start, number + 1)
         self._files += lay_out(stem, sources, aliases, self._namer, self._storage.data_file_bytes, first=first)
 
     # Moving
 
     def _writer(self, files: Sequence[DataFile], sources: Sequence[torch.Tensor], addresses: Sequence[int | None]) -> FilesWriter:
-        threads, budget = memory.means(self._storage, self._request.memory_budget_bytes)
+        threads, budget = memory.means(self._storage, self._request.memory_budget_bytes, self._ranks.local_size)
         if self._staging is None:
             pinned_for = next((tensor.device.type for tensor in sources if not tensor.is_cpu), None)
             self._staging = memory.Staging(budget, threads, pinned_for)
-            self._progress = Progress("take", self.total_bytes, self._request.progress)
+            self._progress = Progress("take", self.total_bytes, self._request.progress if self._ranks.is_first else False)
         with collector.paused():
             # Progress counts the state; what is written after it, digests, is not part of what was promised.
             written = self._renewed if self._writers else self._written
@@ -229,9 +283,11 @@ class Take:
         self.done_bytes += nbytes
         if self._progress is not None:
             self._progress.add(nbytes)
+        self._ranks.went_on()
         self._attempt.renew()
 
     def _renewed(self, nbytes: int) -> None:  # noqa: ARG002 - told as ``_written`` is
+        self._ranks.went_on()
         self._attempt.renew()
 
     def write(self) -> None:
@@ -251,7 +307,7 @@ class Take:
 
     # Making it exist
 
-    def commit(self) -> tuple[Manifest, bytes]:
+    def commit(self) -> tuple[Manifest, bytes] | None:
         """Write the digests that the manifest does not hold itself, then commit.
 
         Returns
@@ -260,17 +316,45 @@ class Take:
             As it was written.
         bytes
             Its bytes.
+
+        On another rank than the first, None, once the first has committed.
         """
         with collector.paused():
             boxes = self._boxes()
-            manifest = self._manifest(boxes)
-            data = manifests.encode(manifest)
-        self._stop.check()
-        self._attempt.commit(data, {record.name: record.size for record in manifest.files})
-        self._attempt.finish()
+            files = tuple(file.record for file in self._files)
+            entries = tuple(self._entry(leaf, boxes) for leaf in self._leaves)
+        self._check_stopped()
+        committed = self._commit_all(files, entries)
         self._close()
-        ancestry.note((record.key for record in manifest.keys), manifest.id, self._looked_at)
+        ancestry.note((record.key for record in self._keys), self.id, self._looked_at)
+        self._ranks.close()
+        return committed
+
+    def _commit_all(self, files: tuple[FileRecord, ...], entries: tuple[Entry, ...]) -> tuple[Manifest, bytes] | None:
+        ranks = self._ranks
+        if ranks.size > 1:
+            merged = agreement.merge_parts(ranks, merge.RankPart(files, entries), self._attempt.renew)
+            if merged is None:
+                agreement.wait_for_first(ranks, "committed")
+                self._attempt.finish()
+                return None
+            files, entries = merged
+        with collector.paused():
+            manifest = self._manifest(files, entries)
+            if self._of_all:
+                validate(manifest)  # ranks that do not hold all of a tensor are noticed here
+            data = manifests.encode(manifest)
+        self._check_stopped()
+        ranks.decide_to_commit()
+        assert isinstance(self._attempt, Attempt), "only the first rank commits"
+        self._attempt.commit(data, {record.name: record.size for record in manifest.files})
+        agreement.wait_for_first(ranks, "committed")
+        self._attempt.finish()
         return manifest, data
+
+    def _check_stopped(self) -> None:
+        self._ranks.check()
+        self._stop.check()
 
     def _boxes(self) -> dict[int, list[Box]]:
         """The boxes of each source as the manifest records them."""
@@ -288,10 +372,13 @@ class Take:
             elif len(digests) > DIGEST_BYTES:
                 blocks = bytes(digests)
             starts = sizes = None
+            placed_at, shape = self._placed[box.source].starts, self._placed[box.source].shape
             if box.rows is not None:
-                shape = self._shapes[box.source]
-                starts = (box.rows[0], *(0 for _ in shape[1:]))
+                first = 0 if placed_at is None else placed_at[0]
+                starts = (first + box.rows[0], *((0,) * (len(shape) - 1) if placed_at is None else placed_at[1:]))
                 sizes = (box.rows[1] - box.rows[0], *shape[1:])
+            elif placed_at is not None:
+                starts, sizes = placed_at, shape
             boxes.setdefault(box.source, []).append(Box(number, box.offset, box_digest(digests), blocks, starts, sizes))
         return boxes
 
@@ -308,38 +395,41 @@ class Take:
         self._files += files
         return [places[index] for index in range(len(tables))]
 
-    def _manifest(self, boxes: Mapping[int, list[Box]]) -> Manifest:
+    def _manifest(self, files: tuple[FileRecord, ...], entries: tuple[Entry, ...]) -> Manifest:
         return Manifest(
             format=manifests.FORMAT,
             id=self.id,
             created_at=self._created_at.isoformat(timespec="milliseconds"),
             writer=f"expstate {__version__}",
             requires=(),
-            world_size=1,
+            world_size=self._ranks.size,
             metadata=self._request.metadata,
             provenance=self._request.provenance(),
             parent=self._parent,
             duration_seconds=round(time.monotonic() - self._begun, 6),
             keys=tuple(self._keys),
-            files=tuple(file.record for file in self._files),
-            entries=tuple(self._entry(leaf, boxes) for leaf in self._leaves),
+            files=files,
+            entries=entries,
         )
 
     def _entry(self, leaf: tree.Leaf, boxes: Mapping[int, list[Box]]) -> Entry:
         kind = type(leaf)
         path = leaf.path
-        if kind is tree.Array:
-            number = self._number_of[path]
-            placed = tuple(boxes[number])
-            return TensorEntry(path, leaf.dtype, leaf.shape, placed, leaf.kind, leaf.requires_grad, self._devices[number])  # type: ignore[union-attr]
+        rank = None if self._ranks.size == 1 or path in self._of_all else self._ranks.rank
+        if kind is tree.Array or kind is tree.Sharded:
+            numbers = self._numbers_of.get(path, range(0))
+            placed = tuple(boxes[numbers.start]) if len(numbers) == 1 else tuple(box for number in numbers for box in boxes[number])
+            device = self._devices[numbers.start] if numbers else self._of_all[path]
+            return TensorEntry(path, leaf.dtype, leaf.shape, placed, leaf.kind, leaf.requires_grad, device, rank)  # type: ignore[union-attr]
         if kind is tree.Value:
-            return ValueEntry(path, leaf.encoded)  # type: ignore[union-attr]
+            return ValueEntry(path, leaf.encoded, rank)  # type: ignore[union-attr]
         if kind is tree.Container:
-            return ContainerEntry(path, leaf.type, leaf.meta)  # type: ignore[union-attr]
+            return ContainerEntry(path, leaf.type, leaf.meta, rank)  # type: ignore[union-attr]
         if kind is tree.Alias:
-            return AliasEntry(path, leaf.target)  # type: ignore[union-attr]
+            return AliasEntry(path, leaf.target, rank)  # type: ignore[union-attr]
         pickled = self._objects[path]
-        return ObjectEntry(path, self._types[path], len(pickled.data), pickled.needs_trust, tuple(boxes[self._number_of[path]]))
+        written = tuple(boxes[self._numbers_of[path].start]) if path in self._numbers_of else ()
+        return ObjectEntry(path, self._types[path], len(pickled.data), pickled.needs_trust, written, rank)
 
     # Ending
 
@@ -347,13 +437,19 @@ class Take:
         """Stop as soon as the threads notice; without effect once the commit has begun."""
         self._stop.set()
 
-    def abort(self) -> bool:
-        """Remove what was written, unless it was committed; whether it was."""
+    def abort(self, error: BaseException | None = None) -> bool:
+        """Remove what was written, unless it was committed; whether it was. Other ranks are told of the error."""
         self._stop.set()
+        self._ranks.fail(error or TakeCancelledError("the take was cancelled"))
         for writer in self._writers:
             writer.abort()
+        if isinstance(self._attempt, Attempt) and self._ranks.size > 1:
+            # Others remove their own; what is left of one that cannot is found by its name.
+            self._ranks.wait_until_left(_LEAVE_SECONDS)
+            self._attempt.note_files()
         self._attempt.abort([name for writer in self._writers for name in writer.created])
         self._close()
+        self._ranks.close()
         return self._attempt.committed
 
     def _close(self) -> None:
@@ -364,17 +460,15 @@ class Take:
         self._sources = []
 
 
-def take_now(request: TakeRequest) -> tuple[Take, Manifest, bytes]:
+def take_now(request: TakeRequest) -> tuple[Take, tuple[Manifest, bytes] | None]:
     """Take and wait for the commit.
 
     Returns
     -------
     Take
         With what there is to say about it.
-    Manifest
-        As it was committed.
-    bytes
-        Its bytes.
+    tuple of Manifest and bytes, or None
+        As it was committed; None on another rank than the first.
     """
     take = Take(request)
     with collector.paused() as pause:
@@ -383,9 +477,9 @@ def take_now(request: TakeRequest) -> tuple[Take, Manifest, bytes]:
             if take.total_bytes >= collector.LONG_BYTES:
                 pause.end()
             take.write()
-            return (take, *take.commit())
-        except BaseException:
-            take.abort()
+            return take, take.commit()
+        except BaseException as error:
+            take.abort(error)
             raise
 
 
@@ -398,6 +492,17 @@ def _source(leaf: tree.Array) -> Source:
     if leaf.kind == "numpy":
         return Source(leaf.path, NAMES[leaf.tensor.dtype], leaf.shape, leaf.tensor.element_size())
     return Source(leaf.path, leaf.dtype, leaf.shape, ITEM_SIZES[leaf.dtype])
+
+
+def _piece_source(leaf: tree.Array | tree.Sharded, piece: share.Piece) -> Source:
+    if piece.starts is None and isinstance(leaf, tree.Array):
+        return _source(leaf)
+    tensor = piece.tensor
+    return Source(leaf.path, NAMES[tensor.dtype], tuple(tensor.shape), tensor.element_size(), piece.starts)
+
+
+def _device_name(tensor: torch.Tensor) -> str:
+    return "cpu" if tensor.is_cpu else str(tensor.device)
 
 
 _NUMPY_TO_TORCH = {
@@ -423,6 +528,8 @@ def _bytes_tensor(data: bytes) -> torch.Tensor:
 def _without_values(leaf: tree.Leaf) -> tree.Leaf:
     if isinstance(leaf, tree.Array):
         return tree.Array(leaf.path, leaf.kind, leaf.dtype, leaf.shape, torch.empty(0, device="cpu"), None, leaf.requires_grad)
+    if isinstance(leaf, tree.Sharded):
+        return tree.Sharded(leaf.path, leaf.kind, leaf.dtype, leaf.shape, (), (), None, leaf.requires_grad)
     if isinstance(leaf, tree.Container):
         return tree.Container(leaf.path, leaf.type, leaf.meta, None)
     if isinstance(leaf, tree.Value):

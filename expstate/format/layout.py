@@ -50,12 +50,17 @@ BYTES = "bytes"
 
 
 class Source(msgspec.Struct, frozen=True, gc=False):
-    """What the layout needs to know of an array: its path, dtype (by torch's name, or ``BYTES``), shape and item size."""
+    """What the layout needs to know of an array: its path, dtype (by torch's name, or ``BYTES``), shape and item size.
+
+    Of an array that is here in part only, it is one box: ``shape`` has its sizes, and ``starts`` where it begins in the whole. Boxes of one
+    array follow each other.
+    """
 
     path: str
     dtype: str
     shape: tuple[int, ...]
     itemsize: int
+    starts: tuple[int, ...] | None = None
 
 
 class _HeaderField(msgspec.Struct, frozen=True, gc=False):
@@ -145,7 +150,8 @@ def lay_out(
     rest.sort(key=lambda box: -sources[box.source].itemsize)
     metadata = {"format": "pt"} | _aliases(sources, names, aliases)
     # A tensor may be called what a part of another would be.
-    taken = frozenset(names) if any(box.rows is not None for box in boxes) else frozenset()
+    is_cut = any(source.starts is not None for source in sources) or any(box.rows is not None for box in boxes)
+    taken = frozenset(names) if is_cut else frozenset()
     files: list[DataFile] = []
     for group in _group(whole + rest, names, target_bytes):
         header = _header(group, sources, names, taken, {} if files else metadata)
@@ -158,14 +164,19 @@ def lay_out(
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """The name of each source inside its data file."""
+    """The name of each source inside its data file, the same for boxes of one array."""
     taken: dict[str, None] = {}
+    found: list[str] = []
+    path = ""
     for source in sources:
-        name = source.path.partition("/")[2]
-        if not name or "%" in name or name in taken or name == "__metadata__":
-            name = file_name_of(source.path, taken)
-        taken[name] = None
-    return list(taken)
+        if source.path != path:
+            path = source.path
+            name = path.partition("/")[2]
+            if not name or "%" in name or name in taken or name == "__metadata__":
+                name = file_name_of(path, taken)
+            taken[name] = None
+        found.append(name)
+    return found
 
 
 def _aliases(sources: Sequence[Source], names: Sequence[str], aliases: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -178,7 +189,8 @@ def _aliases(sources: Sequence[Source], names: Sequence[str], aliases: Iterable[
         for path, target in pairs:
             alias = file_name_of(path, taken)
             taken[alias] = None
-            found[alias] = by_path[target]
+            if target in by_path:  # else another rank writes it
+                found[alias] = by_path[target]
     return found
 
 
@@ -220,10 +232,13 @@ def _header(
     for box in boxes:
         source = sources[box.source]
         name, shape = names[box.source], source.shape
-        if box.rows is not None:
-            name = f"{name}#{box.rows[0]}"
+        if box.rows is not None or source.starts is not None:
+            row = box.rows[0] if box.rows is not None else 0
+            starts = (row,) if source.starts is None else (source.starts[0] + row, *source.starts[1:]) if shape else ()
+            name = f"{name}#{'_'.join(map(str, starts))}"
             while name in taken:
                 name += "%"
+        if box.rows is not None:
             shape = (box.rows[1] - box.rows[0], *shape[1:])
         dtype = SAFETENSORS_DTYPES.get(source.dtype)
         if dtype is None:

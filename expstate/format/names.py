@@ -100,10 +100,13 @@ class FileNamer:
     ----------
     attempt : str
         The attempt's id.
+    rank : int, optional
+        The rank that writes them, where there are several.
     """
 
-    def __init__(self, attempt: str) -> None:
+    def __init__(self, attempt: str, rank: int | None = None) -> None:
         self._attempt = attempt
+        self._rank = "" if rank is None else f"r{rank:05d}-"
         self._stems: dict[str, str] = {}
         self._taken: set[str] = set()
         self._counts: dict[str, int] = {}
@@ -113,6 +116,8 @@ class FileNamer:
 
         >>> FileNamer("3f9a2c71").name("model/a")
         'model_a-00001-3f9a2c71.safetensors'
+        >>> FileNamer("3f9a2c71", rank=2).name("model")
+        'model-r00002-00001-3f9a2c71.safetensors'
         """
         clean = self._stems.get(stem)
         if clean is None:
@@ -124,7 +129,7 @@ class FileNamer:
             self._taken.add(clean.casefold())
             self._stems[stem] = clean
         self._counts[clean] = self._counts.get(clean, 0) + 1
-        return f"{clean}-{self._counts[clean]:05d}-{self._attempt}.safetensors"
+        return f"{clean}-{self._rank}{self._counts[clean]:05d}-{self._attempt}.safetensors"
 
 
 def check_file_name(name: str) -> None:

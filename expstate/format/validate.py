@@ -86,23 +86,23 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _check_paths(manifest: Manifest) -> None:
-    """Each path once, each below a container, each key with a state."""
-    kinds: dict[str, type] = {}
+    """Each path once, or once for each rank that has its own; each below a container, each key with a state."""
     keys = {paths.quote(record.key) for record in manifest.keys}
     if len(keys) < len(manifest.keys):
         msg = "the manifest names a key twice"
         raise ManifestError(msg)
+    if manifest.world_size > 1:
+        _check_paths_of_ranks(manifest, keys)
+        return
+    kinds: dict[str, type] = {}
     for entry in manifest.entries:
         path = entry.path
-        if path in kinds:
-            _fail(path, "is there twice")
-        if not paths.is_printable(path):
-            _fail(path, "has characters in it that no path holds")
-        above, _, name = path.rpartition("/")
-        if not above and path not in keys:
-            _fail(path, "is not one of the keys")
-        if above and (not name or kinds.get(above) is not ContainerEntry):
-            _fail(path, "is not inside a container, or has no name")
+        if path in kinds or entry.rank is not None:
+            _fail(path, "is there twice" if path in kinds else f"is of rank {entry.rank}, and one process took it")
+        _check_path(path, keys)
+        above = path.rpartition("/")[0]
+        if above and kinds.get(above) is not ContainerEntry:
+            _fail(path, "is not inside a container")
         kinds[path] = type(entry)
         if isinstance(entry, AliasEntry):
             _check_alias(entry, kinds)
@@ -111,6 +111,50 @@ def _check_paths(manifest: Manifest) -> None:
     missing = keys - kinds.keys()
     if missing:
         _fail(min(missing), "is a key without a state")
+
+
+def _check_path(path: str, keys: set[str]) -> None:
+    if not paths.is_printable(path):
+        _fail(path, "has characters in it that no path holds")
+    above, _, name = path.rpartition("/")
+    if not above and path not in keys:
+        _fail(path, "is not one of the keys")
+    if above and not name:
+        _fail(path, "has no name")
+
+
+def _check_paths_of_ranks(manifest: Manifest, keys: set[str]) -> None:
+    """The same where several ranks took it: what each of them sees is whole. Under None is what all of them have."""
+    kinds: dict[str, dict[int | None, type]] = {}
+    size = manifest.world_size
+    for entry in manifest.entries:
+        path, rank = entry.path, entry.rank
+        of_path = kinds.setdefault(path, {})
+        if not of_path:
+            _check_path(path, keys)
+        if rank is not None and not 0 <= rank < size:
+            _fail(path, f"is of rank {rank}, and {size} ranks took it")
+        if rank in of_path or None in of_path or (rank is None and of_path):
+            _fail(path, "is there twice")
+        above = path.rpartition("/")[0]
+        if above and not _is_in_container(kinds.get(above, {}), rank, size):
+            _fail(path, "is not inside a container")
+        of_path[rank] = type(entry)
+        if isinstance(entry, AliasEntry):
+            target = kinds.get(entry.target, {})
+            _check_alias(entry, {entry.target: target.get(rank, target.get(None, type(None)))})
+        elif isinstance(entry, ContainerEntry):
+            _check_kind(entry)
+    for key in sorted(keys):
+        if None not in kinds.get(key, {}) and len(kinds.get(key, {})) < size:
+            _fail(key, "is a key without a state on some ranks")
+
+
+def _is_in_container(above: dict[int | None, type], rank: int | None, size: int) -> bool:
+    """Whether what is above an entry is a container for everyone who sees the entry."""
+    if rank is not None:
+        return above.get(rank, above.get(None)) is ContainerEntry
+    return above.get(None) is ContainerEntry or (len(above) == size and set(above.values()) == {ContainerEntry})
 
 
 def _check_kind(entry: ContainerEntry) -> None:

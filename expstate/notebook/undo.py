@@ -26,6 +26,7 @@ from expstate.engine import ancestry, match
 from expstate.engine.lease import LEASE_SECONDS, decode_lease, encode_lease, is_dead
 from expstate.engine.memory import available_bytes, budget_bytes
 from expstate.engine.plan import RestoreOptions
+from expstate.engine.ranks import Ranks
 from expstate.engine.report import bytes_text
 from expstate.engine.request import make_request
 from expstate.engine.restore import restore
@@ -238,7 +239,9 @@ def _copy(url: str, chosen: dict[str, Stateful], room: int) -> Snapshot:
     request = make_request(
         url,
         chosen,
-        pg=None,
+        Ranks(),
+        replicated=None,
+        check_replicated=False,
         storage_options=None,
         name=None,
         tags=(),
@@ -258,9 +261,11 @@ def _copy(url: str, chosen: dict[str, Stateful], room: int) -> Snapshot:
             take.gather()
             _check(take, room)
             take.write()
-            return Snapshot._opened(request.storage, *take.commit())  # noqa: SLF001 - as a take gives it
+            committed = take.commit()
+            assert committed is not None, "this process is alone"
+            return Snapshot._opened(request.storage, *committed)  # noqa: SLF001 - as a take gives it
         except BaseException as error:
-            take.abort()
+            take.abort(error)
             if isinstance(error, (StorageError, MemoryError)):
                 raise _NoRoomError(take.total_bytes, str(error)) from error
             raise

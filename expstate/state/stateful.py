@@ -14,6 +14,7 @@ from collections import UserDict
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from blake3 import blake3
 
 from expstate.errors import ManifestError
 from expstate.state.numpy_random import decode_state, encode_state, new_bit_generator
@@ -63,6 +64,10 @@ class RNGState:
 
     A take changes none of them. A restore puts them back where they were: the next random numbers of each are the same.
 
+    On several ranks each has generators of its own. A rank that was not there at the take gets new ones, seeded by the snapshot and its
+    number, so that two restores give the same; those of ranks that are no longer there are dropped. Where all ranks had the same, all get
+    them.
+
     Attributes
     ----------
     skipped : tuple of str
@@ -100,6 +105,15 @@ class RNGState:
         except Exception as error:
             msg = f"the states of random generators cannot be read: {error}"
             raise ManifestError(msg) from error
+
+
+def seed_generators(text: str) -> None:
+    """Seed every generator from a text: equal for equal texts, without relation for others."""
+    seed = int.from_bytes(blake3(text.encode()).digest()[:8], "little")
+    random.seed(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)  # and those of accelerators
 
 
 @contextlib.contextmanager

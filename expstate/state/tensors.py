@@ -7,6 +7,7 @@ contiguous is gathered and scattered in runs of at most ``_RUN_BYTES``.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -237,3 +238,74 @@ def copy_in(
             dense = torch.empty(view.shape, dtype=stored, device="cpu")
             move_memory(dense.data_ptr(), address + offset, nbytes)
             view.copy_(dense)
+
+
+def rectangles(sizes: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Boxes that together are the elements ``start`` to ``stop`` of a shape in row-major order.
+
+    Of each: where it begins, its sizes, and the number of its first element.
+
+    >>> list(rectangles((4, 10), 8, 30))
+    [((0, 8), (1, 2), 8), ((1, 0), (2, 10), 10)]
+    """
+    if start >= stop:
+        return
+    if len(sizes) <= 1:
+        yield (start,)[: len(sizes)], (stop - start,)[: len(sizes)], start
+        return
+    row = math.prod(sizes[1:])
+    while start < stop:
+        index, within = divmod(start, row)
+        if whole := 0 if within else (stop - start) // row:
+            yield (index, *((0,) * (len(sizes) - 1))), (whole, *sizes[1:]), start
+            start += whole * row
+            continue
+        end = min(stop, (index + 1) * row)
+        for starts, counts, first in rectangles(sizes[1:], within, end - index * row):
+            yield (index, *starts), (1, *counts), first + index * row
+        start = end
+
+
+def copy_part_in(
+    tensor: torch.Tensor,
+    sizes: tuple[int, ...],
+    starts: tuple[int, ...],
+    start: int,
+    stop: int,
+    address: int,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Copy those of the bytes ``start`` to ``stop`` of a box to a tensor that are part of it.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        The part, on any device.
+    sizes : tuple of int
+        Of the box.
+    starts : tuple of int
+        Where in the box the tensor begins.
+    start, stop : int
+        Bytes of the box, multiples of its element size.
+    address : int
+        Where they are, in host memory.
+    dtype : torch.dtype, optional
+        That of the box, if values are to be converted.
+    """
+    stored = dtype or tensor.dtype
+    if stored == tensor.dtype:
+        tensor = _as_integers(tensor)
+        stored = tensor.dtype
+    size = stored.itemsize
+    with torch.no_grad():
+        for begin, counts, first in rectangles(sizes, start // size, stop // size):
+            source = torch.frombuffer(memory(address + first * size - start, math.prod(counts) * size), dtype=stored).view(counts)
+            target = tensor
+            for dimension, (at, count, low, high) in enumerate(zip(begin, counts, starts, tensor.shape, strict=True)):
+                lowest, highest = max(at, low), min(at + count, low + high)
+                if lowest >= highest:
+                    break
+                source = source.narrow(dimension, lowest - at, highest - lowest)
+                target = target.narrow(dimension, lowest - low, highest - lowest)
+            else:
+                target.copy_(source)

@@ -6,14 +6,13 @@ tied tensors and opaque objects, each with its path. ``build`` puts a value toge
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
 
 from expstate.errors import ExpstateError, ManifestError, UnsupportedValueError
-from expstate.state import codecs, numpy_arrays, packed, paths
+from expstate.state import codecs, numpy_arrays, packed, paths, sharding
 from expstate.state.tensors import NAMES, is_plain_memory, is_same_memory
 from expstate.state.values import NotPlainError, encode, is_long
 
@@ -61,6 +60,36 @@ class Array(msgspec.Struct, frozen=True, gc=False):
         return int(self.tensor.nbytes)
 
 
+class Sharded(msgspec.Struct, frozen=True, gc=False):
+    """A tensor that several ranks hold together: ``parts`` are those of the whole (of ``shape``) that are here, as ``sharding`` gives them.
+
+    ``holders`` are the global ranks that have the same parts. ``value`` is the object in the state.
+    """
+
+    path: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[sharding.Part, ...]
+    holders: tuple[int, ...]
+    value: Any
+    requires_grad: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts that are here."""
+        return sum(part.tensor.nbytes for part in self.parts)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The first part, or one without elements."""
+        return self.parts[0].tensor if self.parts else torch.empty(0, device="cpu")
+
+    @property
+    def address(self) -> None:
+        """None: the bytes of the whole do not lie here."""
+
+
 class Alias(msgspec.Struct, frozen=True, gc=False):
     """A tensor tied to one that came before: the same memory, shape and strides."""
 
@@ -76,7 +105,7 @@ class Object(msgspec.Struct, frozen=True, gc=False):
     value: Any
 
 
-Leaf = Container | Value | Array | Alias | Object
+Leaf = Container | Value | Array | Sharded | Alias | Object
 
 _DENSE_TYPES = {torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor)}
 
@@ -86,6 +115,7 @@ class _Flattener:
         self.leaves: list[Leaf] = []
         self._allow_meta = allow_meta
         self._at: dict[int, list[Array]] = {}
+        self._sharded_at: dict[tuple[Any, ...], str] = {}
         self._open: set[int] = set()
 
     def add(self, path: str, value: Any) -> None:
@@ -103,6 +133,9 @@ class _Flattener:
                 self._fail(path, "is nested too deeply, or holds itself")
             else:
                 return
+        if sharding.is_sharded(value):
+            self._add_sharded(path, value)
+            return
         if self._add_parts(path, value):
             return
         if (array := numpy_arrays.as_tensor(value)) is not None:
@@ -128,6 +161,25 @@ class _Flattener:
         array = Array(path, kind, NAMES[tensor.dtype], shape, bare, tensor, tensor.requires_grad, at)
         before.append(array)
         self.leaves.append(array)
+
+    def _add_sharded(self, path: str, value: Any) -> None:
+        if value.dtype not in NAMES:
+            self._fail(path, f"has dtype {value.dtype}, which cannot be stored in shards")
+        if getattr(value, "is_meta", False):
+            self._fail(path, "is a sharded tensor on the meta device and has no values; give the module memory with to_empty() first")
+        try:
+            found = sharding.sharding_of(value)
+        except UnsupportedValueError as error:
+            self._fail(path, str(error))
+        place = (found.shape, *((part.starts, part.sizes, part.tensor.data_ptr()) for part in found.parts))
+        if found.parts and all(part.tensor.numel() for part in found.parts):
+            before = self._sharded_at.setdefault(place, path)
+            if before != path:
+                self.leaves.append(Alias(path, before, value))
+                return
+        kind = "parameter" if isinstance(value, torch.nn.Parameter) else "tensor"
+        requires_grad = bool(getattr(value, "requires_grad", False))
+        self.leaves.append(Sharded(path, kind, NAMES[value.dtype], found.shape, found.parts, found.holders, value, requires_grad))
 
     def _add_parts(self, path: str, value: Any) -> bool:
         codec = packed.CODEC if is_long(value) else codecs.find(value)
@@ -155,9 +207,6 @@ class _Flattener:
             self._fail(path, "is on the meta device and has no values; materialise the module before the take")
         if isinstance(value, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
             self._fail(path, "is a lazy parameter without a shape; run the module once before the take")
-        distributed = sys.modules.get("torch.distributed.tensor")
-        if distributed is not None and isinstance(value, distributed.DTensor):
-            self._fail(path, "is a DTensor, which this version cannot store; take its full_tensor()")
 
     @staticmethod
     def _fail(path: str, reason: str) -> None:
