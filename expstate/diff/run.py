@@ -70,7 +70,7 @@ def diff_live(old: SnapshotSource, app_state: Mapping[str, Stateful], options: D
 
 
 def _listing(source: SnapshotSource, roots: set[str] | None = None) -> Listing:
-    entries = source.manifest.entries
+    entries = source.entries
     if roots is None:
         return Listing(entries, source.by_path)
     entries = tuple(entry for entry in entries if entry.path.partition("/")[0] in roots)

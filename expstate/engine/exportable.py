@@ -105,7 +105,7 @@ def _file_name(key: str, taken: set[str]) -> str:
 def _selection(source: SnapshotSource, include: tuple[str, ...] | None, exclude: tuple[str, ...]) -> Callable[[str], bool]:
     for glob in (*(include or ()), *exclude):
         matches = paths.matcher([glob])
-        if not any(matches(entry.path) for entry in source.manifest.entries):
+        if not any(matches(entry.path) for entry in source.entries):
             msg = f"the glob {glob!r} matches no entry of the snapshot at {source.storage.url!r}"
             raise EntryNotFoundError(msg)
     included, excluded = paths.matcher(include or ("*",)), paths.matcher(exclude)
@@ -117,7 +117,7 @@ def _choose(source: SnapshotSource, is_wanted: Callable[[str], bool]) -> tuple[l
     left_out: list[str] = []
     problems: list[str] = []
     closed: set[str] = set()
-    for entry in source.manifest.entries:
+    for entry in source.entries:
         above = paths.parent(entry.path)
         if above in closed:
             closed.add(entry.path)

@@ -82,7 +82,7 @@ class Tree:
 
     def __init__(self, manifest: Manifest) -> None:
         self._types = {paths.quote(record.key): record.type for record in manifest.keys}
-        self._by_path = {entry.path: entry for entry in manifest.entries}
+        self._by_path = {(entry.path, entry.rank): entry for entry in manifest.entries}
         self._nodes: list[Node] = []
         with collector.paused():
             self.keys = _built(manifest)
@@ -202,7 +202,7 @@ class Tree:
         """The tensor of a row, that of another name if it is tied to it."""
         entry = node.entry
         if isinstance(entry, AliasEntry):
-            entry = self._by_path.get(entry.target)
+            entry = self._by_path.get((entry.target, entry.rank)) or self._by_path.get((entry.target, None))
         return entry if isinstance(entry, TensorEntry) else None
 
 
@@ -211,28 +211,36 @@ class Tree:
 
 def _built(manifest: Manifest) -> list[Node]:
     """The keys, with all below them."""
-    containers: dict[str, Node] = {}
+    containers: dict[tuple[str, int | None], Node] = {}
     modules: dict[tuple[str, str], Node] = {}
     keys: list[Node] = []
     for entry in manifest.entries:
         above, slash, name = entry.path.rpartition("/")
         kind = _kind(entry)
+        rank = entry.rank
         if not slash:
-            node = Node(paths.unquote(name), entry.path, "key" if kind == "container" else kind, entry)
+            node = Node(_of_rank(paths.unquote(name), rank), entry.path, "key" if kind == "container" else kind, entry)
             keys.append(node)
         else:
-            holder = containers.get(above)
+            own = containers.get((above, rank))
+            # What all ranks have in containers of their own is shown with the first rank's.
+            holder = own or containers.get((above, None)) or containers.get((above, 0))
             if holder is None:  # a manifest has each container before what is in it; this one was not written by us
-                holder = containers[above] = Node(above, above, "container")
+                holder = containers[above, None] = Node(above, above, "container")
                 keys.append(holder)
             if _MODULE.fullmatch(name):
                 *prefixes, name = name.split(".")
                 holder = _module(modules, holder, above, prefixes)
-            node = Node(paths.unquote(name), entry.path, kind, entry)
+            node = Node(_of_rank(paths.unquote(name), rank if own is None else None), entry.path, kind, entry)
             holder.children.append(node)
         if kind == "container":
-            containers[entry.path] = node
+            containers[entry.path, rank] = node
     return keys
+
+
+def _of_rank(name: str, rank: int | None) -> str:
+    """What a node is called: what only one rank has says so."""
+    return name if rank is None else f"{name} (rank {rank})"
 
 
 def _module(modules: dict[tuple[str, str], Node], holder: Node, above: str, prefixes: Iterable[str]) -> Node:
