@@ -69,7 +69,7 @@ def available_bytes() -> int:
     return available
 
 
-def budget_bytes(asked: int | None) -> int:
+def budget_bytes(asked: int | None, local_ranks: int | None = None) -> int:
     """The memory budget of an operation, in bytes.
 
     Parameters
@@ -77,6 +77,8 @@ def budget_bytes(asked: int | None) -> int:
     asked : int or None
         What the caller gave; None for the setting or, without one, half of the available memory divided by the ranks of this host, at most
         32 GiB.
+    local_ranks : int, optional
+        How many ranks there are on this host; without it, what the launcher has put into the environment.
 
     Raises
     ------
@@ -85,8 +87,8 @@ def budget_bytes(asked: int | None) -> int:
     """
     budget = settings.current().memory_budget_bytes if asked is None else asked
     if budget == 0 and asked is None:
-        local_ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        ranks = int(local_ranks) if local_ranks.isdigit() else 1
+        launched = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        ranks = max(int(launched) if launched.isdigit() else 1, local_ranks or 1)
         idle = _pool.idle_bytes  # counted as in use by the system, but ours to use again
         budget = min(int(_DEFAULT_SHARE * (available_bytes() + idle)) // max(1, ranks), _DEFAULT_MOST)
         return max(budget, 2 * MIB)

@@ -50,6 +50,7 @@ def make_request(
     """Check everything that was given to a take."""
     check_app_state(app_state)
     check_option(progress)
+    memory.budget_bytes(memory_budget_bytes)
     given = () if replicated is None else globs(replicated, "replicated")
     return TakeRequest(
         storage=registry.open_storage(path, storage_options),
@@ -58,7 +59,7 @@ def make_request(
         provenance=provenance,
         overwrite=overwrite,
         force=force,
-        memory_budget_bytes=memory.budget_bytes(memory_budget_bytes),
+        memory_budget_bytes=memory_budget_bytes,
         progress=progress,
         ranks=ranks,
         replicated=given,

@@ -65,7 +65,7 @@ class TakeRequest:
     provenance: Callable[[], dict[str, Any]]
     overwrite: bool
     force: bool
-    memory_budget_bytes: int
+    memory_budget_bytes: int | None
     progress: ProgressOption
     ranks: Ranks
     replicated: tuple[str, ...] = ()
@@ -267,7 +267,8 @@ class Take:
     # Moving
 
     def _writer(self, files: Sequence[DataFile], sources: Sequence[torch.Tensor], addresses: Sequence[int | None]) -> FilesWriter:
-        threads, budget = memory.means(self._storage, self._request.memory_budget_bytes, self._ranks.local_size)
+        ranks = self._ranks.local_size
+        threads, budget = memory.means(self._storage, memory.budget_bytes(self._request.memory_budget_bytes, ranks), ranks)
         if self._staging is None:
             pinned_for = next((tensor.device.type for tensor in sources if not tensor.is_cpu), None)
             self._staging = memory.Staging(budget, threads, pinned_for)
@@ -440,7 +441,7 @@ class Take:
     def abort(self, error: BaseException | None = None) -> bool:
         """Remove what was written, unless it was committed; whether it was. Other ranks are told of the error."""
         self._stop.set()
-        self._ranks.fail(error or TakeCancelledError("the take was cancelled"))
+        self._ranks.fail(TakeCancelledError("the take was cancelled") if error is None or isinstance(error, crew.StoppedError) else error)
         for writer in self._writers:
             writer.abort()
         if isinstance(self._attempt, Attempt) and self._ranks.size > 1:
