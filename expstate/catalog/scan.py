@@ -7,6 +7,7 @@ in which they were taken. What cannot be read is reported and never stops a scan
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import html
 import os
 import time
@@ -208,7 +209,9 @@ class _Scan:
     def _look(self, storages: Iterable[Storage]) -> None:
         new = {storage.url: storage for storage in storages if storage.url not in self._looked_at}
         with ThreadPoolExecutor(settings.current().thread_count, "expstate-scan") as pool:
-            self._looked_at |= zip(new, pool.map(self._seen, new.values()), strict=True)
+            # Settings are those in force here.
+            context = contextvars.copy_context()
+            self._looked_at |= zip(new, pool.map(lambda storage: context.copy().run(self._seen, storage), new.values()), strict=True)
 
     def _seen(self, storage: Storage) -> _Seen | None:
         # The manifest itself is not kept: there may be very many.

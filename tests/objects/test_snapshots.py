@@ -231,6 +231,18 @@ def test_a_request_that_fails_for_ever_is_an_error_that_says_what_the_server_sai
     assert [] == files(url)
 
 
+def test_a_scan_has_the_patience_that_the_settings_say(store: Store, tmp_path: Path) -> None:
+    """Though it looks into folders in threads of its own."""
+    url = store.new()
+    Snapshot.take(url, few(1))
+    refusing = store.proxy.add(Fault(refused(store, 500), method="GET|HEAD", path=r"snapshot\.json"))
+    with settings.override(retry_seconds=0.5):
+        (problem,) = Catalog(tmp_path / "catalog.db").scan(url).damaged
+
+    assert url == problem.path.removesuffix("/snapshot.json")
+    assert 1 <= refusing.hits <= 4
+
+
 def test_what_is_not_allowed_is_no_matter_of_patience(store: Store) -> None:
     store.proxy.add(Fault(refused(store, 403), method="PUT|POST", times=1000))
     with pytest.raises(errors.StoragePermissionError, match=r"credentials|permission|access"):
