@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expstate.storage.base import Storage
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://", re.DOTALL)
 _factories: dict[str, Callable[[str, Mapping[str, Any]], Storage]] = {}
 
 
@@ -30,7 +31,7 @@ def parse(path: str | os.PathLike[str]) -> tuple[str, str]:
     Raises
     ------
     InvalidArgumentError
-        If it is empty, not text, or holds a NUL.
+        If it is empty, not text, holds a NUL, or chains URLs as fsspec does (``simplecache::s3://bucket/run``).
 
     Examples
     --------
@@ -45,6 +46,9 @@ def parse(path: str | os.PathLike[str]) -> tuple[str, str]:
         raise InvalidArgumentError(msg)
     match = _SCHEME.match(text)
     if match is None:
+        if _CHAIN.match(text):
+            msg = "URLs chained by '::' are no place for snapshots: give the last one alone"
+            raise InvalidArgumentError(msg)
         return "fs", text
     scheme, rest = match.group(1).lower(), text[match.end() :]
     if scheme == "file":

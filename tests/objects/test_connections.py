@@ -109,6 +109,14 @@ def test_schemes_that_are_no_place_for_snapshots_are_refused(scheme: str) -> Non
         Snapshot(f"{scheme}://host/run")
 
 
+@pytest.mark.parametrize(
+    "url", ["simplecache::s3://bucket/run", "filecache::gs://bucket/run", "zip://x::s3://bucket/run", "a::b::s3://c/d"]
+)
+def test_chained_urls_are_refused_and_are_no_folders_here(url: str) -> None:
+    with pytest.raises((errors.InvalidArgumentError, errors.UnsupportedSchemeError)):
+        open_storage(url)
+
+
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = connections.importlib.util.find_spec
     monkeypatch.setattr(connections.importlib.util, "find_spec", lambda name: None if name in {"obstore", "s3fs"} else real(name))
