@@ -149,7 +149,7 @@ def find(
     except CatalogError as error:
         found = _lying_at(text, storage_options)
         if found is None:
-            msg = f"{text[:80]!r} is no path of a snapshot, and no other ref can be looked up: {error}"
+            msg = f"{redact.url(text)[:80]!r} is no path of a snapshot, and no other ref can be looked up: {error}"
             raise type(error)(msg) from error
         return found
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from expstate.catalog import given, rows, running, schema
 from expstate.catalog.model import LOCAL_SCHEMES, Record
-from expstate.catalog.provenance import current_project
+from expstate.catalog.provenance import current_project, redact
 from expstate.engine import annotate
 from expstate.errors import AmbiguousRefError, ExpstateError, RefNotFoundError
 from expstate.state.paths import printable
@@ -79,7 +79,7 @@ def resolve(catalog: Catalog, ref: str | os.PathLike[str], project: str | None =
             if records:
                 return records[0]
         hint = asked.nearest(connection)
-    msg = f"no snapshot goes by {_short(text)}{asked.where()}{hint}"
+    msg = f"no snapshot goes by {_short(redact.url(text))}{asked.where()}{hint}"
     raise RefNotFoundError(msg)
 
 

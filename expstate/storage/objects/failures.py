@@ -293,3 +293,5 @@ def _secrets(value: object, *, is_secret: bool = False) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for part in value:
             yield from _secrets(part, is_secret=is_secret)
+    elif is_secret:
+        yield from _secrets(getattr(value, "token", None), is_secret=True)  # credentials of google-auth
