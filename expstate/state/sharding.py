@@ -17,6 +17,8 @@ from expstate.errors import UnsupportedValueError
 
 Run: TypeAlias = tuple[int, int, int]
 """Indices along one dimension that follow each other: the first in the whole, how many, and the first of them here."""
+Cut: TypeAlias = tuple[int, int, int]
+"""A dimension of the mesh that one of the tensor is cut by: the split factor of a strided shard or 0, its size, and the coordinate here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def _of_dtensor(value: Any) -> Sharding:
         return Sharding(shape, (), ())
     local = value.detach().to_local()
     local = local.wait() if hasattr(local, "wait") else local  # the result of a collective that may still be under way
-    cuts: list[list[tuple[str, int, int, int]]] = [[] for _ in shape]
+    cuts: list[list[Cut]] = [[] for _ in shape]
     kept: list[int | slice] = []
     for dimension, placement in enumerate(placements):
         if (cut := getattr(placement, "dim", None)) is None:
@@ -98,7 +100,7 @@ def _of_dtensor(value: Any) -> Sharding:
             continue
         kept.append(coordinate[dimension])
         factor = int(getattr(placement, "split_factor", 0))
-        cuts[cut % len(shape)].append((type(placement).__name__, factor, mesh.size(dimension), coordinate[dimension]))
+        cuts[cut % len(shape)].append((factor, mesh.size(dimension), coordinate[dimension]))
     runs = [_runs(length, tuple(cut)) for length, cut in zip(shape, cuts, strict=True)]
     here = tuple(sum(count for _, count, _ in found) for found in runs)
     if here != tuple(local.shape):
@@ -116,10 +118,10 @@ def _part(local: torch.Tensor, box: tuple[Run, ...]) -> Part:
 
 
 @functools.lru_cache(maxsize=4096)
-def _runs(length: int, cuts: tuple[tuple[str, int, int, int], ...]) -> list[Run]:
-    """The indices of one dimension that are here, after it was cut for each dimension of the mesh in turn."""
+def _runs(length: int, cuts: tuple[Cut, ...]) -> list[Run]:
+    """The indices of one dimension that are here, after it was cut for these dimensions of the mesh."""
     runs = [(0, length)] if length else []
-    for _, factor, size, coordinate in cuts:
+    for factor, size, coordinate in _in_turn(cuts):
         runs = _strided(runs, factor, size, coordinate) if factor else _chunk(runs, size, coordinate)
     found: list[Run] = []
     at = 0
@@ -132,6 +134,23 @@ def _runs(length: int, cuts: tuple[tuple[str, int, int, int], ...]) -> list[Run]
     return found
 
 
+def _in_turn(cuts: tuple[Cut, ...]) -> list[Cut]:
+    """Cuts in the order in which they were made: a strided one after so many of the later ones that these make its factor.
+
+    That is how FSDP2 cuts what tensor parallelism has cut. A factor that they do not make stands for cuts that nobody else knows.
+    """
+    found: list[Cut] = []
+    for factor, size, coordinate in reversed(cuts):
+        before, at = 1, 0
+        while before < factor and at < len(found):
+            before *= found[at][1]
+            at += 1
+        if factor and before != factor:
+            return list(cuts)
+        found.insert(at, (0, size, coordinate))
+    return found
+
+
 def _chunk(runs: list[tuple[int, int]], size: int, coordinate: int) -> list[tuple[int, int]]:
     """One of ``size`` chunks, as ``torch.chunk`` makes them: all but the last of one length."""
     length = sum(count for _, count in runs)
@@ -140,7 +159,7 @@ def _chunk(runs: list[tuple[int, int]], size: int, coordinate: int) -> list[tupl
 
 
 def _strided(runs: list[tuple[int, int]], factor: int, size: int, coordinate: int) -> list[tuple[int, int]]:
-    """Of each of ``factor`` chunks one of ``size`` chunks: a dimension that is cut by a later dimension of the mesh before this one."""
+    """Of each of ``factor`` chunks one of ``size`` chunks."""
     return [run for number in range(factor) for run in _chunk(_chunk(runs, factor, number), size, coordinate)]
 
 
