@@ -110,12 +110,22 @@ def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
                 alive.append(f"{storage.url}/{name}")
                 continue
             if not dry_run:
-                for file in leftover.files:
-                    storage.delete(file)
-                storage.flush()
-                storage.remove_folder()
+                _remove(storage, leftover, needed)
             removed.append(leftover)
     return GcReport(tuple(removed), tuple(alive), tuple(damaged))
+
+
+def _remove(storage: Storage, leftover: Leftover, needed: set[str]) -> None:
+    *files, lease = leftover.files
+    for file in files:
+        storage.delete(file)
+    # A server may have stored the last that a dead process sent it only now.
+    for info in list(storage.list()):
+        if info.name not in needed and names.is_of_attempt(info.name, leftover.attempt):
+            storage.delete(info.name)
+    storage.delete(lease)
+    storage.flush()
+    storage.remove_folder()
 
 
 def _leases(files: Iterable[str]) -> list[str]:
