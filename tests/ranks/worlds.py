@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict  # these are imported once, here: it takes a second
 import torch.distributed.fsdp
-import torch.distributed.tensor.parallel  # noqa: F401 - as above
+import torch.distributed.tensor.parallel
 
 from tests.engine.processes import Ended
 

@@ -12,6 +12,7 @@ from expstate.format import manifest as manifests
 from expstate.format.layout import Source, lay_out
 from expstate.format.manifest import BLOCK_BYTES, Box, ContainerEntry, KeyRecord, Manifest, Metadata, TensorEntry
 from expstate.format.names import FileNamer
+from expstate.state.tensors import _as_integers, memory
 
 _ID = "0123456789abcdef" * 2
 
@@ -28,7 +29,7 @@ def write_boxes(place: Path, path: str, value: Any, shards: list[Shard], **chang
     files, boxes = [], []
     for number, (starts, sizes) in enumerate(shards):
         part = value[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
-        data = part.contiguous().numpy().tobytes() if is_tensor else part.tobytes()
+        data = _bytes_of(part) if is_tensor else part.tobytes()
         source = Source(f"{key}/{name}#{'_'.join(map(str, starts))}", "uint8", (len(data),), 1)
         (file,) = lay_out(key, [source], (), namer, 2**40)
         (place / file.name).write_bytes(file.header + data)
@@ -54,3 +55,8 @@ def write_boxes(place: Path, path: str, value: Any, shards: list[Shard], **chang
         }
     )
     (place / "snapshot.json").write_bytes(manifests.encode(manifest))
+
+
+def _bytes_of(part: torch.Tensor) -> bytes:
+    dense = _as_integers(part).contiguous()
+    return bytes(memory(dense.data_ptr(), dense.nbytes))
