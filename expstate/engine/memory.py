@@ -87,10 +87,9 @@ def budget_bytes(asked: int | None, local_ranks: int | None = None) -> int:
     """
     budget = settings.current().memory_budget_bytes if asked is None else asked
     if budget == 0 and asked is None:
-        launched = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        ranks = max(int(launched) if launched.isdigit() else 1, local_ranks or 1)
+        ranks = max(local_ranks or 1, _launched_here())
         idle = _pool.idle_bytes  # counted as in use by the system, but ours to use again
-        budget = min(int(_DEFAULT_SHARE * (available_bytes() + idle)) // max(1, ranks), _DEFAULT_MOST)
+        budget = min(int(_DEFAULT_SHARE * (available_bytes() + idle)) // ranks, _DEFAULT_MOST)
         return max(budget, 2 * MIB)
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 2 * MIB:
         msg = f"the memory budget must be a number of bytes, at least {2 * MIB:,} (2 MiB), got {budget!r}"
@@ -240,14 +239,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def means(storage: Storage, budget: int, local_ranks: int = 1) -> tuple[int, int]:
+def _launched_here() -> int:
+    """How many ranks the launcher has started on this machine, as it has put it into the environment."""
+    launched = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(launched)) if launched.isdigit() else 1
+
+
+def means(storage: Storage, budget: int, local_ranks: int | None = None) -> tuple[int, int]:
     """Threads that should work on a storage at once, and the bytes that their buffers may have of a budget.
 
     What the storage holds of a write or read besides, it has from the same budget. Ranks of one machine share its threads.
     """
     threads = storage.thread_count or settings.current().thread_count
     if not settings.current().io_threads:
-        threads = max(2, threads // local_ranks)
+        threads = max(2, threads // max(local_ranks or 1, _launched_here()))
     if storage.copies:
         budget //= 1 + storage.copies
         threads = max(1, min(threads, budget // WINDOW_BYTES))
