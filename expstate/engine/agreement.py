@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 from blake3 import blake3
 
-from expstate.engine import merge
+from expstate.engine import merge, share
 from expstate.engine.lease import boot_id
 from expstate.errors import AppStateError, InvalidArgumentError
 from expstate.format import names
+from expstate.state import tree
 from expstate.state.tensors import NAMES, memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from expstate.engine.ranks import Ranks
     from expstate.engine.share import Held, Holdings
@@ -60,7 +61,11 @@ def agree_on_id(request: TakeRequest) -> str:
     return found
 
 
-def check_alike(ranks: Ranks, holdings: Holdings, *, digests: bool) -> None:
+Told: TypeAlias = tuple[str, str, str]
+"""What a rank tells of an entry that should be the same on all: its path, what it is, and a digest of its values or nothing."""
+
+
+def check_alike(ranks: Ranks, holdings: Holdings, others: Iterable[Told], *, digests: bool) -> None:
     """See that what is said to be the same on all ranks is there under the same names, with the same dtypes and shapes.
 
     Parameters
@@ -68,9 +73,11 @@ def check_alike(ranks: Ranks, holdings: Holdings, *, digests: bool) -> None:
     ranks : Ranks
         All that take.
     holdings : Holdings
-        What this one has.
+        The arrays that this one has.
+    others : iterable of Told
+        What it has besides.
     digests : bool
-        Whether to compare the values too.
+        Whether to compare the values of arrays too.
 
     Raises
     ------
@@ -80,18 +87,26 @@ def check_alike(ranks: Ranks, holdings: Holdings, *, digests: bool) -> None:
     if ranks.size == 1:
         return
     held = holdings.groups.get(tuple(range(ranks.size)), [])
-    described = [_describe(box, digest=digests) for box in held]
-    own = msgspec.json.encode(described)
+    own = msgspec.json.encode([*(_describe(box, digest=digests) for box in share.in_order(held)), *sorted(others)])
     found = ranks.gather("alike", blake3(own).digest())
     if ranks.spread("alike?", None if not ranks.is_first else b"yes" if len(set(found)) == 1 else b"no") == b"yes":
         return
     told = ranks.gather("difference", own)
     if ranks.is_first:
-        raise AppStateError(_difference([msgspec.json.decode(data, type=list[tuple[str, str, str]]) for data in told]))
+        raise AppStateError(_difference([msgspec.json.decode(data, type=list[Told]) for data in told]))
     wait_for_first(ranks, "never")  # raises what the first rank says
 
 
-def _describe(box: Held, *, digest: bool) -> tuple[str, str, str]:
+def tell(leaf: tree.Leaf) -> Told:
+    """What is told of what is no array."""
+    if isinstance(leaf, tree.Value):
+        return leaf.path, "a value", blake3(msgspec.json.encode(leaf.encoded)).hexdigest()
+    if isinstance(leaf, tree.Container):
+        return leaf.path, f"a {leaf.type}", blake3(msgspec.json.encode(leaf.meta)).hexdigest()
+    return leaf.path, f"a {type(leaf.value).__name__}", ""  # what pickle makes of equal objects may differ
+
+
+def _describe(box: Held, *, digest: bool) -> Told:
     values = ""
     if digest:
         host = box.tensor.detach().cpu().contiguous()
@@ -99,7 +114,7 @@ def _describe(box: Held, *, digest: bool) -> tuple[str, str, str]:
     return box.path, f"{NAMES[box.tensor.dtype]} {box.shape} from {box.starts}", values
 
 
-def _difference(of_ranks: Sequence[Sequence[tuple[str, str, str]]]) -> str:
+def _difference(of_ranks: Sequence[Sequence[Told]]) -> str:
     first = {path: rest for path, *rest in of_ranks[0]}
     for rank, other in enumerate(of_ranks):
         here: Mapping[str, Any] = {path: rest for path, *rest in other}
@@ -115,7 +130,8 @@ def _difference(of_ranks: Sequence[Sequence[tuple[str, str, str]]]) -> str:
                     number for number, rows in enumerate(of_ranks) if {name: digest for name, _, digest in rows}.get(path) != one[1]
                 ]
                 return f"entry {path!r} should be the same on all ranks: its values on rank 0 are not those on ranks {differing}"
-    return "what should be the same on all ranks comes in another order on some of them"
+    msg = "the digests differ, and nothing that they are of"
+    raise AssertionError(msg)
 
 
 def merge_parts(ranks: Ranks, part: merge.RankPart, idle: Callable[[], object]) -> tuple[tuple[FileRecord, ...], tuple[Entry, ...]] | None:

@@ -17,7 +17,7 @@ from expstate.state import paths, sharding, tree
 from expstate.state.tensors import is_plain_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from expstate.state.stateful import Stateful
 
@@ -52,7 +52,7 @@ class Holdings:
     Attributes
     ----------
     groups : dict of tuple of int to list
-        For ranks that hold the same boxes, in rising order: these boxes, in the order in which all of them come to them.
+        For ranks that hold the same boxes, in rising order: these boxes.
     """
 
     groups: dict[tuple[int, ...], list[Held]] = field(default_factory=dict)
@@ -72,10 +72,16 @@ class Holdings:
         for holders, boxes in self.groups.items():
             if rank not in holders:
                 continue
+            boxes = in_order(boxes)  # noqa: PLW2901 - the same ones
             for box, (first, last) in zip(boxes, _shares([_rows(box) for box in boxes], len(holders), holders.index(rank)), strict=True):
                 if first < last:
                     found.setdefault(box.path, []).append(_piece(box, first, last))
         return found
+
+
+def in_order(boxes: Iterable[Held]) -> list[Held]:
+    """Boxes in an order that is the same on all ranks, whatever that of their dicts is."""
+    return sorted(boxes, key=lambda box: (box.path, box.starts))
 
 
 def _rows(box: Held) -> tuple[int, int]:

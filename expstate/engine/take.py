@@ -196,18 +196,24 @@ class Take:
         is_replicated = share.rule(self._request.app_state, self._request.replicated)
         everyone = range(ranks.size)
         holdings = share.Holdings()
+        others: list[agreement.Told] = []
         for key, found in leaves.items():
             for leaf in found:
                 if isinstance(leaf, tree.Sharded):
                     holders = [number for rank in leaf.holders if (number := ranks.group_rank(rank)) is not None]
                     holdings.add(leaf, holders)
                     self._of_all[leaf.path] = _device_name(leaf.parts[0].tensor) if leaf.parts else str(leaf.value.device)
-                elif isinstance(leaf, tree.Array) and ranks.size > 1 and is_replicated(key, leaf.path):
+                elif ranks.size == 1 or not is_replicated(key, leaf.path):
+                    continue
+                elif isinstance(leaf, tree.Array):
                     holdings.add(leaf, everyone)
                     self._of_all[leaf.path] = _device_name(leaf.tensor)
-                elif isinstance(leaf, tree.Object) and ranks.size > 1 and is_replicated(key, leaf.path):
+                elif isinstance(leaf, tree.Object):
                     self._of_all[leaf.path] = "cpu"
-        agreement.check_alike(ranks, holdings, digests=self._request.check_replicated)
+                    others.append(agreement.tell(leaf))
+                elif self._request.check_replicated and not isinstance(leaf, tree.Alias):
+                    others.append(agreement.tell(leaf))  # those that differ stay each rank's own, unless that is asked for
+        agreement.check_alike(ranks, holdings, others, digests=self._request.check_replicated)
         return holdings.pieces(ranks.rank)
 
     def _lay_out_key(self, key: str, leaves: Sequence[tree.Leaf], pieces: Mapping[str, Sequence[share.Piece]]) -> None:
