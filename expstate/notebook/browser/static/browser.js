@@ -1018,24 +1018,29 @@ function tree(view, own, id, { onOpen, onTick, ticks, isHere }) {
   };
   const fold = (node, wanted = !node.isOpen) => {
     if (!node.opens || wanted === node.isOpen) return node.loading;
-    node.loading = turned(node, wanted).finally(() => { node.loading = null; });
-    return node.loading;
+    const turning = turned(node, wanted).finally(() => { if (node.loading === turning) node.loading = null; });
+    node.loading = turning;
+    return turning;
   };
   const turned = async (node, wanted) => {
     node.isOpen = wanted;
     node.mark.textContent = wanted ? "▾" : "▸";
     node.element.setAttribute("aria-expanded", String(wanted));
-    if (!node.below && wanted) {
-      try {
-        const { rows } = await load(node);
-        node.below = rows.map((row) => add(row, node));
-        node.group.append(...node.below.flatMap((child) => [child.element, child.group]));
-        paint();
-      } catch (error) {
-        node.group.append(problem(error));
-      }
+    if (!node.below && wanted) {  // once, though it may be closed and opened again before that comes
+      node.coming ??= filled(node).finally(() => { node.coming = null; });
+      await node.coming;
     }
     node.group.hidden = !node.isOpen;
+  };
+  const filled = async (node) => {
+    try {
+      const { rows } = await load(node);
+      node.below = rows.map((row) => add(row, node));
+      node.group.replaceChildren(...node.below.flatMap((child) => [child.element, child.group]));
+      paint();
+    } catch (error) {
+      node.group.replaceChildren(problem(error));
+    }
   };
   const visible = () => [...element.querySelectorAll(".row")].filter((one) => one.offsetParent !== null);
   const focusOn = (row) => {
