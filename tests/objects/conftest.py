@@ -15,7 +15,7 @@ import pytest
 from expstate import configure, settings
 
 from .proxy import FaultProxy
-from .servers import ENVIRONMENT, GcsServer, MissingError, S3Server
+from .servers import ENVIRONMENT, GcsServer, S3Server, started
 from .stores import MIB, WAYS, Store
 
 # Before a client is imported. Whose account the user has is nobody's business here.
@@ -24,27 +24,17 @@ for _name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_",
 os.environ.update(ENVIRONMENT)
 
 
-def _start(kind: type[S3Server | GcsServer], name: str, factory: pytest.TempPathFactory) -> S3Server | GcsServer:
-    try:
-        return kind(factory.mktemp(name))
-    except MissingError as error:
-        reason = str(error)
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A server that speaks S3, for all tests of this process."""
-    with _start(S3Server, "s3", tmp_path_factory) as server:
+    with started(S3Server, tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
     """A server that speaks GCS, for all tests of this process."""
-    with _start(GcsServer, "gcs", tmp_path_factory) as server:
+    with started(GcsServer, tmp_path_factory.mktemp("gcs")) as server:
         yield server
 
 

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import fsspec.asyn
+import pytest
 from typing_extensions import Self
 
 ENVIRONMENT = {
@@ -112,6 +113,9 @@ class _Server:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+Server = TypeVar("Server", bound=_Server)
 
 
 class S3Server(_Server):
@@ -223,6 +227,17 @@ class GcsServer(_Server):
         body = json.dumps({"name": name}).encode()
         status = self._request("POST", f"/storage/v1/b?project={self.project}", body, **{"Content-Type": "application/json"})
         assert status == http.client.OK, self.log
+
+
+def started(kind: type[Server], folder: Path) -> Server:
+    """A server of this kind; where its program is not installed the test is skipped, but not in CI."""
+    try:
+        return kind(folder)
+    except MissingError as error:
+        reason = str(error)
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def _free_ports(count: int) -> list[int]:
