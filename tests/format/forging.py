@@ -26,7 +26,7 @@ import torch
 from blake3 import blake3
 
 from expstate import Snapshot, StateDict, settings
-from expstate.engine import take as engine_take
+from expstate.engine import part as engine_part
 from expstate.engine.digest import block_digests, box_digest
 from expstate.errors import ExpstateError, NeedsTrustWarning
 from expstate.format import names
@@ -141,7 +141,7 @@ def live() -> dict[str, Any]:
 
 def take(folder: Path, state: dict[str, Any], **more: Any) -> None:
     """Take with small data files, so that tensors are cut, and few digests in the manifest; without a word about trust."""
-    few = patch.object(engine_take, "INLINE_BLOCKS", 2)
+    few = patch.object(engine_part, "INLINE_BLOCKS", 2)
     with settings.override(data_file_bytes=1024 * 1024), few, warnings.catch_warnings():
         warnings.simplefilter("ignore", NeedsTrustWarning)
         Snapshot.take(folder, state, **more)
