@@ -16,7 +16,7 @@ import torch
 from expstate.bench import limits, measure, state, systems
 from expstate.bench.measure import Meter
 from expstate.bench.outcomes import differences, expected_digests, measured
-from expstate.bench.plan import LIMIT, SNAPSHOT, Outcome, Task
+from expstate.bench.plan import LIMIT, RANKS, SNAPSHOT, Outcome, Task, operation_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,6 +175,10 @@ def _step(task: Task) -> Callable[[Task], Outcome]:
         from expstate.bench import objects  # needs packages that not every machine has
 
         return objects.step(task)
+    if task.operation.removeprefix("prepare_") in operation_names(device=False, benchmark=RANKS):
+        from expstate.bench import ranks  # needs PyTorch with torch.distributed
+
+        return ranks.step(task)
     if task.component:
         return _limit
     if task.operation in _STEPS:
@@ -184,17 +188,21 @@ def _step(task: Task) -> Callable[[Task], Outcome]:
     return (catalog.STEPS | notebook.STEPS)[task.operation]
 
 
-def perform(task: Task) -> Outcome:
-    """Do the step; what goes wrong is told in ``Outcome.error``."""
+def guarded(work: Callable[[], Outcome]) -> Outcome:
+    """Do what measures; what goes wrong is told in ``Outcome.error``."""
     try:
-        step = _step(task)
         with warnings.catch_warnings():
             # Peers warn of what is meant here, such as a take without a process group.
             warnings.simplefilter("ignore")
-            return step(task)
+            return work()
     except Exception as error:  # noqa: BLE001 - one system's failure is a result like others
         lines = str(error).strip().splitlines() or [""]
         return Outcome(error=f"{type(error).__name__}: {lines[0]}")
+
+
+def perform(task: Task) -> Outcome:
+    """Do the step; what goes wrong is told in ``Outcome.error``."""
+    return guarded(lambda: _step(task)(task))
 
 
 def main() -> int:

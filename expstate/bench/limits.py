@@ -50,6 +50,8 @@ class Job:
         Where files are written.
     kept : Path
         Folder of the raw file that is read.
+    start : int
+        First byte of it that is read, at the beginning of a page.
     """
 
     total_bytes: int
@@ -57,6 +59,7 @@ class Job:
     device: str
     folder: Path
     kept: Path
+    start: int = 0
 
 
 def _pieces(start: int, total_bytes: int) -> deque[tuple[int, int]]:
@@ -155,7 +158,7 @@ def _read_all(fd: int, target: memoryview, offset: int, length: int) -> None:
 
 def read(job: Job, meter: Meter) -> None:
     """Direct reads into warm buffers."""
-    _read_direct(job, meter, 0, job.total_bytes)
+    _read_direct(job, meter, job.start, job.total_bytes)
 
 
 def read_one(job: Job, meter: Meter) -> None:

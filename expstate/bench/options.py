@@ -24,6 +24,7 @@ from expstate.bench.plan import (
     NOTEBOOK,
     OBJECTS,
     OPERATIONS,
+    RANKS,
     SYSTEMS,
     Workload,
     operation_names,
@@ -39,7 +40,9 @@ DESCRIPTION = (
 )
 _SPARE_STATES = 3
 _FEWEST_TENSORS = 2
-_GIB = {DISK: 2.0, CATALOG: 2.0, NOTEBOOK: 1.0, OBJECTS: 1.0}
+_GIB = {DISK: 2.0, CATALOG: 2.0, NOTEBOOK: 1.0, OBJECTS: 1.0, RANKS: 2.0}
+_SMALL_TENSORS = {DISK: 100_000, CATALOG: 10_000, NOTEBOOK: 10_000, OBJECTS: 10_000, RANKS: 1000}
+_TAKING_PART = {CATALOG: {LIMIT, "expstate"}, NOTEBOOK: {LIMIT, "expstate"}, RANKS: {LIMIT, "expstate", "dcp"}}
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 """What reaches a bucket by fsspec; the limits need it, and so does whoever cleans up."""
 
@@ -90,7 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder on the disk to measure, with room for several copies of the state; "
         "or a folder in a bucket, as s3://bucket/folder or gs://bucket/folder; "
         "or the word catalog, to measure the catalog and comparisons in the current folder, or the word notebook, to measure what a "
-        "notebook's user waits for (a folder of such a name is ./catalog)",
+        "notebook's user waits for (a folder of such a name is ./catalog); or the word ranks and a folder, to measure two ranks that work "
+        "on one snapshot there, and plans of many more",
+    )
+    parser.add_argument(
+        "folder", nargs="?", metavar="PATH", help="after the word ranks, the folder on the disk to measure (default: this one)"
     )
     parser.add_argument(
         "--gib",
@@ -101,27 +108,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors", type=int, default=100, metavar="N", help="number of its tensors (default: 100)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="times that each is measured (default: 5)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)} (default: all installed)")
-    of_disk, of_catalog, of_notebook, of_bucket = (
-        ", ".join(operation_names(device=True, benchmark=one)) for one in (DISK, CATALOG, NOTEBOOK, OBJECTS)
+    of_disk, of_catalog, of_notebook, of_bucket, of_ranks = (
+        ", ".join(operation_names(device=True, benchmark=one)) for one in (DISK, CATALOG, NOTEBOOK, OBJECTS, RANKS)
     )
     parser.add_argument(
         "--operations",
         nargs="+",
         choices=tuple(OPERATIONS),
         metavar="OPERATION",
-        help=f"of a disk: {of_disk}; of a bucket: {of_bucket}; of the catalog: {of_catalog}; of notebooks: {of_notebook} (default: all)",
+        help=f"of a disk: {of_disk}; of a bucket: {of_bucket}; of the catalog: {of_catalog}; of notebooks: {of_notebook}; "
+        f"of ranks: {of_ranks} (default: all)",
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="where the state is, any device that torch names (default: cpu)")
     parser.add_argument(
         "--small-tensors",
         type=int,
         metavar="N",
-        help="tensors of 1 KiB in small_tensors (default: 100000), or in each snapshot of diff and browse (default: 10000)",
+        help="tensors of 1 KiB in small_tensors (default: 100000), in each snapshot of diff and browse (default: 10000), or of each "
+        "rank that is simulated (default: 1000)",
     )
     parser.add_argument(
         "--records", type=int, default=100_000, metavar="N", help="records of the catalog that is searched (default: 100000)"
     )
     parser.add_argument("--snapshots", type=int, default=1000, metavar="N", help="snapshots that are scanned (default: 1000)")
+    parser.add_argument("--ranks", type=int, default=1024, metavar="N", help="ranks that are simulated (default: 1024)")
     parser.add_argument("--memory-budget-mib", type=int, metavar="N", help="memory budget of expstate (default: its own)")
     parser.add_argument(
         "--slow-seconds", type=float, default=60.0, metavar="S", help="what takes longer than this is not repeated (default: 60)"
@@ -173,6 +183,28 @@ def _storage_options(text: str | None, url: str) -> dict[str, Any]:
     return found
 
 
+def _folder(arguments: argparse.Namespace, benchmark: str) -> Path:
+    """Where on a disk it works, for a bucket and for what needs no special disk the current folder."""
+    if arguments.folder is not None and benchmark != RANKS:
+        msg = f"{arguments.folder!r}: a second word only follows the word {RANKS}"
+        raise ValueError(msg)
+    path = Path(arguments.path if benchmark == DISK else arguments.folder or "")
+    if not path.is_dir():
+        msg = f"{str(path)!r} is no folder: name an existing one on the disk to measure"
+        raise ValueError(msg)
+    return path
+
+
+def _check_operations(asked: Sequence[str], possible: Sequence[str], benchmark: str) -> None:
+    others = sorted(set(asked) - set(possible))
+    if others:
+        its = OPERATIONS[others[0]].benchmark
+        its_place = "a folder on a disk" if benchmark == OBJECTS else "PATH"
+        only = "with --device" if its == benchmark else f"with {its_place}" if its == DISK else f"with `bench {its}`"
+        msg = f"{', '.join(others)}: only {only}"
+        raise ValueError(msg)
+
+
 def options_from(arguments: argparse.Namespace) -> Options:
     """The options that a command line asks for.
 
@@ -183,44 +215,35 @@ def options_from(arguments: argparse.Namespace) -> Options:
     """
     on_device = arguments.device != "cpu"
     in_bucket = "://" in arguments.path
-    benchmark = OBJECTS if in_bucket else arguments.path if arguments.path in {CATALOG, NOTEBOOK} else DISK
+    benchmark = OBJECTS if in_bucket else arguments.path if arguments.path in _TAKING_PART else DISK
     of_disk = benchmark == DISK
     if on_device and not of_disk:
         msg = f"--device {arguments.device}: this benchmark measures on the host"
         raise ValueError(msg)
     if on_device:
         _check_device(arguments.device)
-    path = Path(arguments.path) if of_disk else Path()
+    path = _folder(arguments, benchmark)
     url = arguments.path.rstrip("/") if in_bucket else ""
     storage_options = _storage_options(arguments.storage_options, url)
     gib = arguments.gib if arguments.gib is not None else _GIB[benchmark]
     total_bytes = int(gib * GIB) // 16 * 16
-    if not path.is_dir():
-        msg = f"{str(path)!r} is no folder: name an existing one on the disk to measure"
-        raise ValueError(msg)
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         msg = f"--json {arguments.json}: its folder does not exist"
         raise ValueError(msg)
-    small_tensors = arguments.small_tensors if arguments.small_tensors is not None else 100_000 if of_disk else 10_000
-    if min(arguments.repeat, small_tensors, arguments.records, arguments.snapshots) < 1:
-        msg = "--repeat, --small-tensors, --records and --snapshots must be at least 1"
+    small_tensors = arguments.small_tensors if arguments.small_tensors is not None else _SMALL_TENSORS[benchmark]
+    if min(arguments.repeat, small_tensors, arguments.records, arguments.snapshots, arguments.ranks) < 1:
+        msg = "--repeat, --small-tensors, --records, --snapshots and --ranks must be at least 1"
         raise ValueError(msg)
     if not _FEWEST_TENSORS <= arguments.tensors <= 1 + (total_bytes - MIB) // KIB:
         msg = f"--gib {gib:g} --tensors {arguments.tensors}: expected at least 2 tensors, one of 1 MiB and 1 KiB for each other"
         raise ValueError(msg)
     possible = operation_names(device=on_device, benchmark=benchmark)
+    _check_operations(arguments.operations or possible, possible, benchmark)
     operations = [name for name in possible if name in (arguments.operations or possible)]
-    if len(operations) < len(set(arguments.operations or operations)):
-        others = sorted(set(arguments.operations) - set(possible))
-        its = OPERATIONS[others[0]].benchmark
-        its_place = "a folder on a disk" if in_bucket else "PATH"
-        only = "with --device" if its == benchmark else f"with {its_place}" if its == DISK else f"with `bench {its}`"
-        msg = f"{', '.join(others)}: only {only}"
-        raise ValueError(msg)
     installed = [system for system in SYSTEMS if system == LIMIT or importlib.util.find_spec(MODULES[system])]
     systems = [system for system in SYSTEMS if system in (arguments.systems or installed)]
-    if not of_disk and not in_bucket:
-        systems = [system for system in systems if system in {LIMIT, "expstate"}]
+    if benchmark in _TAKING_PART:
+        systems = [system for system in systems if system in _TAKING_PART[benchmark]]
     disk = Path(tempfile.gettempdir()) if in_bucket else path
     # One file at a time where all else is in a bucket.
     needed = total_bytes if in_bucket else (len(systems) + _SPARE_STATES) * total_bytes
@@ -229,5 +252,6 @@ def options_from(arguments: argparse.Namespace) -> Options:
         msg = f"{str(disk)!r} has {free / GIB:.1f} GiB free, needed are {needed / GIB:.1f}: lower --gib or choose --systems"
         raise ValueError(msg)
     budget = arguments.memory_budget_mib * MIB if arguments.memory_budget_mib else None
-    workload = Workload(total_bytes, arguments.tensors, small_tensors, arguments.device, arguments.records, arguments.snapshots)
+    counts = arguments.records, arguments.snapshots, arguments.ranks
+    workload = Workload(total_bytes, arguments.tensors, small_tensors, arguments.device, *counts)
     return Options(path, workload, operations, systems, arguments.repeat, arguments.slow_seconds, budget, url, benchmark, storage_options)

@@ -19,8 +19,8 @@ BUDGET_BYTES = 256 * MIB
 FILLED_PROJECT = "example.org/bench"
 """The project of the records that are searched."""
 
-DISK, CATALOG, NOTEBOOK, OBJECTS = "disk", "catalog", "notebook", "objects"
-"""The benchmarks: of a disk, of the catalog, of notebooks and of a bucket."""
+DISK, CATALOG, NOTEBOOK, OBJECTS, RANKS = "disk", "catalog", "notebook", "objects", "ranks"
+"""The benchmarks: of a disk, of the catalog, of notebooks, of a bucket and of several ranks."""
 
 STORAGE_OPTIONS = "EXPSTATE_BENCH_STORAGE_OPTIONS"
 """The variable by which child processes are told, in JSON, how the bucket is reached: command lines are seen by everybody."""
@@ -51,7 +51,7 @@ class Operation:
     needs_kept : bool
         Whether a snapshot taken beforehand is read.
     benchmark : str
-        Which it belongs to: that of a disk, which is also that of a bucket, of the catalog or of notebooks.
+        Which it belongs to: that of a disk, which is also that of a bucket, of the catalog, of notebooks or of several ranks.
     device_only : bool
         Whether it exists only with ``--device``.
     null_on_device : bool
@@ -128,6 +128,18 @@ OPERATIONS = {
             benchmark=NOTEBOOK,
             needs_kept=True,
         ),
+        Operation("take_replicated", "take on 2 ranks of a state that both have", ("write",), benchmark=RANKS),
+        Operation("take_sharded", "take on 2 ranks of a state in shards, as FSDP2 cuts it", ("write",), benchmark=RANKS),
+        Operation("restore_sharded", "restore of such shards on 2 ranks, files not cached", ("read",), benchmark=RANKS, needs_kept=True),
+        Operation("reshard_2_to_1", "restore of shards of 2 ranks on 1, files not cached", ("read",), benchmark=RANKS, needs_kept=True),
+        Operation("reshard_1_to_2", "restore of shards of 1 rank on 2, files not cached", ("read",), benchmark=RANKS, needs_kept=True),
+        Operation("merge_1024", "what many simulated ranks have written, merged into one manifest", benchmark=RANKS),
+        Operation(
+            "plan_1024",
+            "restore on one rank of them: the manifest read and checked, planned, and 4 KiB read of each tensor",
+            benchmark=RANKS,
+            needs_kept=True,
+        ),
     )
 }
 
@@ -147,6 +159,8 @@ _SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "dcp": {
         **dict.fromkeys(("take", "small_tensors"), _THREADS),
         **dict.fromkeys((*_RESTORES, "read_one", "async_stall"), ("",)),
+        **dict.fromkeys(("take_replicated", "take_sharded"), _THREADS),
+        **dict.fromkeys(("restore_sharded", "reshard_2_to_1", "reshard_1_to_2"), ("",)),
     },
     "torchsnapshot": dict.fromkeys(("take", *_RESTORES, "read_one", "async_stall", "small_tensors"), ("",)),
 }
@@ -172,11 +186,13 @@ class Workload(msgspec.Struct, frozen=True):
         Of the state that is moved; for the catalog, of the two snapshots that are compared by their statistics.
     small_tensors : int
         Tensors of ``small_tensors``; for the catalog, of each of the two snapshots that are compared by their digests; for notebooks, of
-        the snapshot whose tree is opened.
+        the snapshot whose tree is opened; for ranks, of each that is simulated.
     device : str
         Where the state is.
     records, snapshots : int
         Records in the catalog that is searched, and snapshots that are scanned.
+    ranks : int
+        How many are simulated.
     """
 
     total_bytes: int
@@ -185,6 +201,7 @@ class Workload(msgspec.Struct, frozen=True):
     device: str = "cpu"
     records: int = 0
     snapshots: int = 0
+    ranks: int = 0
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -215,7 +232,10 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct):
-    """What a child measured, once. ``cached_bytes`` were still in the page cache when a cold operation began."""
+    """What a child measured, once.
+
+    ``cached_bytes`` were still in the page cache when a cold operation began; ``parts`` are seconds, ``figures`` whatever else was counted.
+    """
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -223,6 +243,7 @@ class Outcome(msgspec.Struct):
     bytes: int = 0
     cached_bytes: int = 0
     parts: dict[str, float] = msgspec.field(default_factory=dict)
+    figures: dict[str, float] = msgspec.field(default_factory=dict)
     error: str = ""
 
 

@@ -39,6 +39,8 @@ class Record(msgspec.Struct):
         The most that was still in the page cache when a cold operation began.
     parts : dict of str to list of float
         Seconds of the parts of an operation.
+    figures : dict of str to list of float
+        What else was counted, such as bytes.
     error : str
         Why there is no result, or empty.
     """
@@ -54,6 +56,7 @@ class Record(msgspec.Struct):
     ratio_to_best_peer: float | None = None
     cached_bytes: int = 0
     parts: dict[str, list[float]] = msgspec.field(default_factory=dict)
+    figures: dict[str, list[float]] = msgspec.field(default_factory=dict)
     error: str = ""
 
 
@@ -72,6 +75,7 @@ def _record(operation: str, system: str, setting: str, outcomes: Sequence[Outcom
         setting=setting,
         cached_bytes=max(outcome.cached_bytes for outcome in outcomes),
         parts={part: [outcome.parts[part] for outcome in outcomes] for part in outcomes[0].parts},
+        figures={name: [outcome.figures[name] for outcome in outcomes] for name in outcomes[0].figures},
     )
 
 
@@ -193,4 +197,10 @@ def _notes(record: Record) -> list[str]:
         notes.append(f"{record.cached_bytes / MIB:.1f} MiB were still in the page cache")
     if record.parts:
         notes.append(", ".join(f"{part} {_seconds(statistics.median(seconds))} s" for part, seconds in record.parts.items()))
+    if record.figures:
+        notes.append(", ".join(f"{name} {_figure(statistics.median(values))}" for name, values in record.figures.items()))
     return notes
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.3f}"

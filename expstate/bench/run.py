@@ -103,8 +103,10 @@ class _Benchmark:
             if of_disk or (system == LIMIT and is_read):
                 self._prepare_one("prepare", system, described)
         for operation in wanted:
-            if operation.benchmark != DISK and operation.needs_kept and "expstate" in self._options.systems:
-                self._prepare_one(f"prepare_{operation.name}", "expstate")
+            if operation.benchmark != DISK and operation.needs_kept:
+                for system in self._options.systems:
+                    if system != LIMIT and contenders(operation.name, system, device=False):
+                        self._prepare_one(f"prepare_{operation.name}", system)
 
     def _prepare_one(self, step: str, system: str, described: str = "") -> None:
         outcome = self._perform(self._task(step, system))

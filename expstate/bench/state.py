@@ -14,7 +14,7 @@ from expstate.bench.plan import KIB, MIB
 from expstate.state.tensors import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from expstate.bench.plan import Workload
 
@@ -67,7 +67,7 @@ class TensorState:
             raise KeyError(msg)
         for name, live in self.tensors.items():
             value = state_dict[name]
-            if value.device != live.device or value.data_ptr() != live.data_ptr():
+            if value is not live and (value.device != live.device or value.data_ptr() != live.data_ptr()):
                 live.copy_(value)
 
     @property
@@ -139,16 +139,26 @@ def _touched(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes // _STEP_BYTES, dtype=torch.int64).fill_(1)
 
 
+def random_tensors(workload: Workload) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of random bytes, the same in every process, one after the other; each has memory of its own."""
+    for seed, (name, size) in enumerate(_names(workload).items()):
+        yield name, _as_tensor(_random(size, seed), seed).to(workload.device)
+
+
 def random_state(workload: Workload) -> TensorState:
-    """A state of random bytes, the same in every process; each tensor has memory of its own."""
-    sizes = _names(workload)
-    return TensorState({name: _as_tensor(_random(size, seed), seed).to(workload.device) for seed, (name, size) in enumerate(sizes.items())})
+    """A state of these tensors."""
+    return TensorState(dict(random_tensors(workload)))
+
+
+def touched_tensors(workload: Workload) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same names and shapes with other values, every page of them in memory."""
+    for index, (name, size) in enumerate(_names(workload).items()):
+        yield name, _as_tensor(_touched(size), index).to(workload.device)
 
 
 def touched_state(workload: Workload) -> TensorState:
-    """A state of the same names and shapes with other values, every page of it in memory."""
-    sizes = _names(workload)
-    return TensorState({name: _as_tensor(_touched(size), index).to(workload.device) for index, (name, size) in enumerate(sizes.items())})
+    """A state of these tensors."""
+    return TensorState(dict(touched_tensors(workload)))
 
 
 def touched_probe(workload: Workload) -> torch.Tensor:

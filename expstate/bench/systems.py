@@ -84,7 +84,11 @@ class Expstate(System):
         return str(folder / SNAPSHOT)
 
     def take(self, folder: Path, state: TensorState) -> None:
-        self._snapshot.take(self._path(folder), {KEY: state}, memory_budget_bytes=self._budget, progress=False, catalog=False)
+        replicated = ["**"] if self._task.operation == "take_replicated" else None
+        budget = self._budget
+        self._snapshot.take(
+            self._path(folder), {KEY: state}, replicated=replicated, memory_budget_bytes=budget, progress=False, catalog=False
+        )
 
     def restore(self, folder: Path, state: TensorState, *, verify: bool) -> None:
         snapshot = self._snapshot(str(folder / SNAPSHOT))
