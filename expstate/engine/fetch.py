@@ -143,7 +143,8 @@ def read_tensor(
     span = _rows(resolved, rows)
     shape = resolved.shape if span is None else (len(span), *resolved.shape[1:])
     given = None if out is None else _checked_out(resolved, out, shape)
-    with source.opened(source.files_of([resolved]) if span is None else source.files_of_rows(resolved, span)) as opened:
+    region = (0 if span is None else span.start, *((0,) * (len(shape) - 1)))[: len(shape)], shape
+    with source.opened(source.files_of_regions(resolved, [region])) as opened:
         # Only now is it sure that the files are as large as the manifest says, so that memory for their bytes may be asked for.
         value, tensor = (out, given) if given is not None else allocate(resolved, device or usable_device(resolved.device), shape)
         reads = opened.reads(resolved, tensor) if span is None else opened.row_reads(resolved, span, tensor)

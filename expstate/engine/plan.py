@@ -55,7 +55,7 @@ class Placement(msgspec.Struct, eq=False):
     like: torch.Tensor | None = None
     """The sharded parameter that new memory is to be sharded like."""
     parts: tuple[sharding.Part, ...] | None = None
-    """Of a sharded tensor, what is here."""
+    """Of a sharded tensor, what is read into."""
     value: Any = None
     tensor: torch.Tensor | None = None
     array: Any = None
@@ -66,12 +66,19 @@ class Placement(msgspec.Struct, eq=False):
         """Whether it is read into memory that does not exist yet."""
         return self.live is None or self.live.tensor.is_meta
 
+    def parts_here(self) -> tuple[sharding.Part, ...] | None:
+        """What is here, or will be, of a sharded tensor; None of another."""
+        if self.parts is not None:
+            return self.parts
+        if isinstance(self.live, tree.Sharded):
+            return self.live.parts
+        return None if self.like is None else sharding.sharding_of(self.like).parts
+
     @property
     def nbytes(self) -> int:
         """Bytes of the stored form that are needed here."""
-        if self.parts is None:
-            return self.entry.nbytes
-        return sum(part.tensor.numel() for part in self.parts) * self.entry.itemsize
+        parts = self.parts_here()
+        return self.entry.nbytes if parts is None else sum(part.tensor.numel() for part in parts) * self.entry.itemsize
 
     @property
     def is_cast(self) -> bool:

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from expstate import collector, settings
@@ -22,7 +23,7 @@ from expstate.engine.report import RestoreReport
 from expstate.engine.source import find_key
 from expstate.engine.take import state_dicts
 from expstate.errors import EntryNotFoundError, ExpstateError, PickleNotAllowedError, RestoreInterruptedError, RestoreMismatchError
-from expstate.format.manifest import ContainerEntry, ObjectEntry
+from expstate.format.manifest import ContainerEntry, Entry, ObjectEntry
 from expstate.progress import Progress, ProgressOption
 from expstate.state import paths, tensors, tree
 from expstate.state.objects import unpickle_object
@@ -113,8 +114,17 @@ class _Restore:
 
     def file_numbers(self) -> set[int]:
         """The files that the plan needs."""
-        entries = [item.entry if isinstance(item, Placement) else item for plan in self._plans for _, item in plan.items]
-        return self._source.files_of(entry for entry in entries if not isinstance(entry, tuple))
+        items = [item for plan in self._plans for _, item in plan.items]
+        whole: list[Entry] = [item for item in items if isinstance(item, ObjectEntry)]
+        numbers: set[int] = set()
+        for item in items:
+            if isinstance(item, Placement):
+                parts = item.parts_here()
+                if parts is None:
+                    whole.append(item.entry)
+                else:
+                    numbers |= self._source.files_of_regions(item.entry, [(part.starts, part.sizes) for part in parts])
+        return numbers | self._source.files_of(whole)
 
     def check(self, opened: SnapshotSource) -> None:
         """Decode objects, look for overlaps and meta tensors, raise what was found."""
@@ -204,8 +214,11 @@ class _Restore:
                 continue
             if fits:
                 shadows[id(placement)] = _shadows(placement)
-            if placement.parts is None or not fits:
-                reads += self._source.reads(placement.entry, shadows[id(placement)][0] if fits else None)
+            if not fits:
+                reads += (msgspec.structs.replace(read, target=None) for read in self._reads(placement))
+                continue
+            if placement.parts is None:
+                reads += self._source.reads(placement.entry, shadows[id(placement)][0])
                 continue
             for part, shadow in zip(placement.parts, shadows[id(placement)], strict=True):
                 reads += self._source.region_reads(placement.entry, part.starts, shadow)

@@ -166,13 +166,15 @@ class SnapshotSource:
         return numbers
 
     @staticmethod
-    def files_of_rows(entry: TensorEntry, rows: range) -> set[int]:
-        """Numbers of the files that hold some rows of a tensor, and the digests of these."""
+    def files_of_regions(entry: TensorEntry, regions: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> set[int]:
+        """Numbers of the files that hold some boxes of a tensor, each where it begins and its sizes, and the digests of these."""
         numbers: set[int] = set()
         for box in entry.boxes:
-            first = box.starts[0] if box.starts else 0
-            count = box.sizes[0] if box.sizes else entry.shape[0]
-            if first < rows.stop and rows.start < first + count:
+            at, counts = box.starts or (0,) * len(entry.shape), box.sizes or entry.shape
+            if any(
+                all(start < low + count and low < start + size for start, size, low, count in zip(starts, sizes, at, counts, strict=True))
+                for starts, sizes in regions
+            ):
                 numbers.add(box.file)
                 if isinstance(box.blocks, tuple):
                     numbers.add(box.blocks[0])

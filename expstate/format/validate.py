@@ -263,6 +263,8 @@ def _check_tiling(entry: TensorEntry) -> None:
     all corners but those of the whole cancel out. So the time that it takes grows with the boxes alone, however they lie.
     """
     if 0 in entry.shape:
+        if not entry.boxes:
+            _fail(entry.path, "has no box")
         return
     placed = [(box.starts or (), box.sizes or ()) for box in entry.boxes if 0 not in (box.sizes or ())]
     cut = [number for number, whole in enumerate(entry.shape) if any(sizes[number] != whole for _, sizes in placed)]

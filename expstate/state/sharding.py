@@ -92,6 +92,9 @@ def _of_dtensor(value: Any) -> Sharding:
         return Sharding(shape, (), ())
     local = value.detach().to_local()
     local = local.wait() if hasattr(local, "wait") else local  # the result of a collective that may still be under way
+    if 0 in shape:
+        # Nothing is all of it, on every rank: one of them has to write that it is there.
+        return Sharding(shape, (Part((0,) * len(shape), shape, local.new_empty(shape)),), tuple(sorted(mesh.mesh.flatten().tolist())))
     cuts: list[list[Cut]] = [[] for _ in shape]
     kept: list[int | slice] = []
     for dimension, placement in enumerate(placements):

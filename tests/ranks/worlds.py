@@ -21,8 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # this and the next three are imported once, here, and not by every rank: it takes seconds
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict  # these are imported once, here: it takes a second
+import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel
 
