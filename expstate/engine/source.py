@@ -171,10 +171,7 @@ class SnapshotSource:
         numbers: set[int] = set()
         for box in entry.boxes:
             at, counts = box.starts or (0,) * len(entry.shape), box.sizes or entry.shape
-            if any(
-                all(start < low + count and low < start + size for start, size, low, count in zip(starts, sizes, at, counts, strict=True))
-                for starts, sizes in regions
-            ):
+            if any(_meet(starts, sizes, at, counts) for starts, sizes in regions):
                 numbers.add(box.file)
                 if isinstance(box.blocks, tuple):
                     numbers.add(box.blocks[0])
@@ -226,15 +223,17 @@ class SnapshotSource:
         self, entry: TensorEntry, starts: tuple[int, ...], tensor: torch.Tensor, dtype: torch.dtype | None = None
     ) -> Iterator[Read]:
         """The reads that fill ``tensor`` with the box of the entry at ``starts`` that has its shape: only the blocks that hold it."""
-        for box, nbytes in self.box_sizes(entry):
+        shape = tuple(tensor.shape)
+        for box in entry.boxes:
             at, sizes = box.starts or (0,) * len(entry.shape), box.sizes or entry.shape
+            if not _meet(starts, shape, at, sizes):
+                continue
+            nbytes = math.prod(sizes) * entry.itemsize
             first = tuple(map(max, starts, at))
             counts = tuple(
                 min(start + count, low + size) - begin
-                for start, count, low, size, begin in zip(starts, tensor.shape, at, sizes, first, strict=True)
+                for start, count, low, size, begin in zip(starts, shape, at, sizes, first, strict=True)
             )
-            if any(count <= 0 for count in counts):
-                continue
             part = region(tensor, tuple(begin - start for begin, start in zip(first, starts, strict=True)), counts)
             if counts == sizes:
                 yield from self.box_reads(entry.path, box, nbytes, 0, nbytes, target(part, dtype))
@@ -262,6 +261,14 @@ class SnapshotSource:
         last = min(nbytes, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
         digests = blocks[first // BLOCK_BYTES * DIGEST_BYTES : -(-last // BLOCK_BYTES) * DIGEST_BYTES]
         yield Read(path, box.file, box.offset + first, last - first, digests, goal, start - first, stop - first, 0)
+
+
+def _meet(starts: tuple[int, ...], sizes: tuple[int, ...], others: tuple[int, ...], other_sizes: tuple[int, ...]) -> bool:
+    """Whether two boxes have elements in common."""
+    for start, size, other, other_size in zip(starts, sizes, others, other_sizes, strict=True):
+        if not (size and other_size and start < other + other_size and other < start + size):
+            return False
+    return True
 
 
 def _byte_ranges(

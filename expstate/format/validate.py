@@ -188,14 +188,21 @@ def _check_tensor(entry: TensorEntry, manifest: Manifest, spans: list[Span]) -> 
     boxes = entry.boxes
     if len(boxes) == 1 and boxes[0].starts is None and boxes[0].sizes is None:
         _check_box(entry.path, boxes[0], nbytes, manifest, spans)
-        return
-    for box in boxes:
+    else:
+        _check_placed(entry, itemsize, manifest, spans)
+
+
+def _check_placed(entry: TensorEntry, itemsize: int, manifest: Manifest, spans: list[Span]) -> None:
+    """Boxes that are parts of a tensor."""
+    shape = entry.shape
+    for box in entry.boxes:
         starts, sizes = box.starts, box.sizes
         if starts is None or sizes is None or not len(starts) == len(sizes) == len(shape):
             _fail(entry.path, "has a box without a place in its shape")
             return
-        if any(start < 0 or size < 0 or start + size > whole for start, size, whole in zip(starts, sizes, shape, strict=True)):
-            _fail(entry.path, "has a box outside its shape")
+        for start, size, whole in zip(starts, sizes, shape, strict=True):
+            if start < 0 or size < 0 or start + size > whole:
+                _fail(entry.path, "has a box outside its shape")
         _check_box(entry.path, box, math.prod(sizes) * itemsize, manifest, spans)
     _check_tiling(entry)
 
@@ -259,8 +266,9 @@ def _check_disjoint(spans: list[Span], manifest: Manifest) -> None:
 def _check_tiling(entry: TensorEntry) -> None:
     """The boxes cover each element of the shape once.
 
-    A sum of boxes is told by its corners, each counted up or down by how many of its sides are ends: the boxes are the whole exactly if
-    all corners but those of the whole cancel out. So the time that it takes grows with the boxes alone, however they lie.
+    Cut along one dimension, as nearly all tensors are, they must follow each other. Otherwise a sum of boxes is told by its corners, each
+    counted up or down by how many of its sides are ends: the boxes are the whole exactly if all corners but those of the whole cancel out.
+    So the time that it takes grows with the boxes alone, however they lie.
     """
     if 0 in entry.shape:
         if not entry.boxes:
@@ -270,6 +278,13 @@ def _check_tiling(entry: TensorEntry) -> None:
     cut = [number for number, whole in enumerate(entry.shape) if any(sizes[number] != whole for _, sizes in placed)]
     if len(cut) > _MAX_CUT_DIMENSIONS:
         _fail(entry.path, f"is cut along {len(cut)} dimensions, and at most {_MAX_CUT_DIMENSIONS} are read")
+    if len(cut) == 1:
+        (along,) = cut
+        sides = sorted((starts[along], starts[along] + sizes[along]) for starts, sizes in placed)
+        follow = all(stop == start for (_, stop), (start, _) in itertools.pairwise(sides))
+        if not follow or (sides[0][0], sides[-1][1]) != (0, entry.shape[along]):
+            _fail(entry.path, "is not covered by its boxes, or has boxes that lie over each other")
+        return
     corners: dict[tuple[int, ...], int] = {}
     whole = ((0,) * len(entry.shape), entry.shape)
     for (starts, sizes), count in (*((place, 1) for place in placed), (whole, -1)):
