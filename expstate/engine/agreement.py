@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 from blake3 import blake3
 
-from expstate.engine import merge, share
+from expstate.engine import merge
 from expstate.engine.lease import boot_id
 from expstate.errors import AppStateError, InvalidArgumentError
 from expstate.format import names
@@ -86,8 +86,8 @@ def check_alike(ranks: Ranks, holdings: Holdings, others: Iterable[Told], *, dig
     """
     if ranks.size == 1:
         return
-    held = holdings.groups.get(tuple(range(ranks.size)), [])
-    own = msgspec.json.encode([*(_describe(box, digest=digests) for box in share.in_order(held)), *sorted(others)])
+    held = holdings.of(range(ranks.size))
+    own = msgspec.json.encode([*(_describe(box, digest=digests) for box in held), *sorted(others)])
     found = ranks.gather("alike", blake3(own).digest())
     if ranks.spread("alike?", None if not ranks.is_first else b"yes" if len(set(found)) == 1 else b"no") == b"yes":
         return

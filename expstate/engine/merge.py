@@ -137,10 +137,12 @@ def _is_alike(of_ranks: Sequence[Entry], shared: set[str]) -> bool:
 def _joined(path: str, of_ranks: Sequence[Entry]) -> Entry:
     """One entry with what all ranks have written of it."""
     first = of_ranks[0]
-    boxes: list[Box] = []
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], Box] = {}
     for rank, entry in enumerate(of_ranks):
         assert isinstance(entry, (TensorEntry, ObjectEntry))
-        boxes += entry.boxes
+        # Meshes that are parts of one may each have all of a tensor, and none knows of the others.
+        for box in entry.boxes:
+            boxes.setdefault((box.starts or (), box.sizes or ()), box)
         if isinstance(first, TensorEntry) and isinstance(entry, TensorEntry) and (entry.shape, entry.dtype) != (first.shape, first.dtype):
             told = [f"{one.dtype} {one.shape}" for one in (first, entry)]
             msg = f"entry {path!r} is one tensor of all ranks: {told[0]} on rank 0, and {told[1]} on rank {rank}"
@@ -148,8 +150,7 @@ def _joined(path: str, of_ranks: Sequence[Entry]) -> Entry:
     if isinstance(first, ObjectEntry):
         written = next((entry for entry in of_ranks if isinstance(entry, ObjectEntry) and entry.boxes), first)
         return msgspec.structs.replace(written, rank=None)
-    boxes.sort(key=lambda box: box.starts or ())
-    return msgspec.structs.replace(first, boxes=tuple(boxes), rank=None)
+    return msgspec.structs.replace(first, boxes=tuple(sorted(boxes.values(), key=lambda box: box.starts or ())), rank=None)
 
 
 class _Order:

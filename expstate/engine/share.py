@@ -51,25 +51,31 @@ class Holdings:
 
     Attributes
     ----------
-    groups : dict of tuple of int to list
-        For ranks that hold the same boxes, in rising order: these boxes.
+    groups : dict
+        For ranks that hold the same boxes, in rising order, and the sizes of the mesh that these boxes lie on: the boxes. Of a mesh that is
+        a part of another the other parts may have the same boxes, and then they cut them alike.
     """
 
-    groups: dict[tuple[int, ...], list[Held]] = field(default_factory=dict)
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Held]] = field(default_factory=dict)
 
     def add(self, leaf: tree.Array | tree.Sharded, holders: Sequence[int]) -> None:
         """Note an array; the holders are ranks of the group that takes."""
-        held = self.groups.setdefault(tuple(holders), [])
+        mesh = leaf.mesh if isinstance(leaf, tree.Sharded) else ()
+        held = self.groups.setdefault((tuple(holders), mesh), [])
         if isinstance(leaf, tree.Sharded):
             held += [Held(leaf.path, leaf.shape, part.starts, part.tensor, can_be_cut=True) for part in leaf.parts]
         else:
             shape = tuple(leaf.tensor.shape)
             held.append(Held(leaf.path, shape, (0,) * len(shape), leaf.tensor, can_be_cut=shape == leaf.shape))
 
+    def of(self, holders: Sequence[int]) -> list[Held]:
+        """The boxes that these ranks hold."""
+        return in_order(box for (ranks, _), boxes in self.groups.items() if ranks == tuple(holders) for box in boxes)
+
     def pieces(self, rank: int) -> dict[str, list[Piece]]:
         """What this rank writes, by path; nothing for a path that others write."""
         found: dict[str, list[Piece]] = {}
-        for holders, boxes in self.groups.items():
+        for (holders, _), boxes in self.groups.items():
             if rank not in holders:
                 continue
             boxes = in_order(boxes)  # noqa: PLW2901 - the same ones

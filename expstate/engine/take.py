@@ -181,7 +181,7 @@ class Take:
                 if isinstance(leaf, tree.Sharded):
                     holders = [number for rank in leaf.holders if (number := ranks.group_rank(rank)) is not None]
                     holdings.add(leaf, holders)
-                    self._of_all[leaf.path] = device_name(leaf.parts[0].tensor) if leaf.parts else str(leaf.value.device)
+                    self._of_all[leaf.path] = leaf.device
                 elif ranks.size == 1 or not is_replicated(key, leaf.path):
                     continue
                 elif isinstance(leaf, tree.Array):

@@ -42,11 +42,17 @@ class Sharding:
         What is here; none where nothing is.
     holders : tuple of int
         Global ranks that hold the same parts, this one among them, in rising order; none if this rank has no place in the mesh.
+    mesh : tuple of int
+        Sizes of the mesh that it lies on.
+    device : torch.device
+        Where parts are.
     """
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     holders: tuple[int, ...]
+    mesh: tuple[int, ...]
+    device: torch.device
 
 
 def is_sharded(value: object) -> bool:
@@ -79,22 +85,26 @@ def sharding_of(value: Any) -> Sharding:
 def _of_sharded_tensor(value: Any) -> Sharding:
     shards = [(shard.metadata, shard.tensor.detach()) for shard in value.local_shards()]
     parts = tuple(Part(tuple(placed.shard_offsets), tuple(placed.shard_sizes), tensor) for placed, tensor in shards)
-    return Sharding(tuple(value.size()), parts, (torch.distributed.get_rank(),))
+    metadata = value.metadata().shards_metadata
+    device = parts[0].tensor.device if parts else metadata[0].placement.device() if metadata else None
+    return Sharding(tuple(value.size()), parts, (torch.distributed.get_rank(),), (), device or torch.device("cpu"))
 
 
 def _of_dtensor(value: Any) -> Sharding:
     mesh, placements, shape = value.device_mesh, value.placements, tuple(value.shape)
+    sizes, device = tuple(mesh.shape), value.device
     if any(placement.is_partial() for placement in placements):
         msg = "is a DTensor of partial sums, which have no values yet; redistribute it first"
         raise UnsupportedValueError(msg)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        return Sharding(shape, (), ())
+        return Sharding(shape, (), (), sizes, device)
     local = value.detach().to_local()
     local = local.wait() if hasattr(local, "wait") else local  # the result of a collective that may still be under way
     if 0 in shape:
         # Nothing is all of it, on every rank: one of them has to write that it is there.
-        return Sharding(shape, (Part((0,) * len(shape), shape, local.new_empty(shape)),), tuple(sorted(mesh.mesh.flatten().tolist())))
+        nothing = Part((0,) * len(shape), shape, local.new_empty(shape))
+        return Sharding(shape, (nothing,), tuple(sorted(mesh.mesh.flatten().tolist())), sizes, device)
     cuts: list[list[Cut]] = [[] for _ in shape]
     kept: list[int | slice] = []
     for dimension, placement in enumerate(placements):
@@ -110,7 +120,7 @@ def _of_dtensor(value: Any) -> Sharding:
         msg = f"is a DTensor whose shard has shape {tuple(local.shape)} on this rank, and {here} by its placements {placements}"
         raise UnsupportedValueError(msg)
     holders = tuple(sorted(mesh.mesh[tuple(kept)].flatten().tolist()))
-    return Sharding(shape, tuple(_part(local, box) for box in itertools.product(*runs)), holders)
+    return Sharding(shape, tuple(_part(local, box) for box in itertools.product(*runs)), holders, sizes, device)
 
 
 def _part(local: torch.Tensor, box: tuple[Run, ...]) -> Part:

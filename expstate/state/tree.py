@@ -17,7 +17,7 @@ from expstate.state.tensors import NAMES, is_plain_memory, is_same_memory
 from expstate.state.values import NotPlainError, encode, is_long
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 class Container(msgspec.Struct, frozen=True, gc=False):
@@ -63,7 +63,8 @@ class Array(msgspec.Struct, frozen=True, gc=False):
 class Sharded(msgspec.Struct, frozen=True, gc=False):
     """A tensor that several ranks hold together: ``parts`` are those of the whole (of ``shape``) that are here, as ``sharding`` gives them.
 
-    ``holders`` are the global ranks that have the same parts. ``value`` is the object in the state.
+    ``holders`` are the global ranks that have the same parts, ``mesh`` the sizes of the mesh, ``device`` where parts are. ``value`` is the
+    object in the state.
     """
 
     path: str
@@ -74,6 +75,8 @@ class Sharded(msgspec.Struct, frozen=True, gc=False):
     holders: tuple[int, ...]
     value: Any
     requires_grad: bool = False
+    mesh: tuple[int, ...] = ()
+    device: str = "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -165,12 +168,12 @@ class _Flattener:
     def _add_sharded(self, path: str, value: Any) -> None:
         if value.dtype not in NAMES:
             self._fail(path, f"has dtype {value.dtype}, which cannot be stored in shards")
-        if getattr(value, "is_meta", False):
-            self._fail(path, "is a sharded tensor on the meta device and has no values; give the module memory with to_empty() first")
         try:
             found = sharding.sharding_of(value)
         except UnsupportedValueError as error:
             self._fail(path, str(error))
+        if found.device.type == "meta":
+            self._fail(path, "is a sharded tensor on the meta device and has no values; give the module memory with to_empty() first")
         place = (found.shape, *((part.starts, part.sizes, part.tensor.data_ptr()) for part in found.parts))
         if found.parts and all(part.tensor.numel() for part in found.parts):
             before = self._sharded_at.setdefault(place, path)
@@ -179,7 +182,10 @@ class _Flattener:
                 return
         kind = "parameter" if isinstance(value, torch.nn.Parameter) else "tensor"
         requires_grad = bool(getattr(value, "requires_grad", False))
-        self.leaves.append(Sharded(path, kind, NAMES[value.dtype], found.shape, found.parts, found.holders, value, requires_grad))
+        device = "cpu" if found.device.type == "cpu" else str(found.device)
+        self.leaves.append(
+            Sharded(path, kind, NAMES[value.dtype], found.shape, found.parts, found.holders, value, requires_grad, found.mesh, device)
+        )
 
     def _add_parts(self, path: str, value: Any) -> bool:
         codec = packed.CODEC if is_long(value) else codecs.find(value)
@@ -242,6 +248,30 @@ def flatten(key: str, state: Any, *, allow_meta: bool = False) -> list[Leaf]:
     except RecursionError:
         msg = f"the state of {key!r} is nested too deeply"
         raise UnsupportedValueError(msg) from None
+    return flattener.leaves
+
+
+def flatten_items(items: Iterable[tuple[str, Any]]) -> list[Leaf]:
+    """The leaves of several values, each at a path of its own; what is tied among them is an alias.
+
+    Raises
+    ------
+    UnsupportedValueError
+        As for ``flatten``.
+
+    Examples
+    --------
+    >>> weight = torch.zeros(2)
+    >>> [type(leaf).__name__ for leaf in flatten_items([("model/encoder", weight), ("model/decoder", weight), ("model/epoch", 3)])]
+    ['Array', 'Alias', 'Value']
+    """
+    flattener = _Flattener(allow_meta=False)
+    for path, value in items:
+        try:
+            flattener.add(path, value)
+        except RecursionError:
+            msg = f"entry {path!r} is nested too deeply"
+            raise UnsupportedValueError(msg) from None
     return flattener.leaves
 
 

@@ -73,6 +73,11 @@ def test_one_tensor_of_all_has_the_boxes_of_all_in_order():
     assert (0, 7) == entry.boxes[1].blocks
 
 
+def test_a_box_that_two_ranks_have_written_counts_once():
+    (entry,) = _merged([_tensor("s/x", _box(0, 0, 4))], [_tensor("s/x", _box(0, 0, 4))], [_tensor("s/x", _box(0, 4, 4))])
+    assert [(0, (0,)), (2, (4,))] == [(box.file, box.starts) for box in entry.boxes]
+
+
 def test_files_of_digests_are_counted_over_all_ranks_too():
     (entry,) = _merged([_tensor("s/x", _box(0, 0, 4))], [_tensor("s/x", _box(0, 4, 4, (1, 50)))], files=2)
     assert (3, 50) == entry.boxes[1].blocks

@@ -130,7 +130,7 @@ def test_a_rank_outside_of_the_mesh_holds_nothing():
     with _as_rank(3, 4):
         mesh = dist.device_mesh.DeviceMesh("cpu", [0, 1])
         value = DTensor.from_local(torch.empty(0, 3), mesh, [Shard(0)], run_check=False, shape=torch.Size((4, 3)), stride=(3, 1))
-        assert Sharding((4, 3), (), ()) == sharding_of(value)
+        assert Sharding((4, 3), (), (), (2,), torch.device("cpu")) == sharding_of(value)
 
 
 def test_a_mesh_that_is_not_in_the_order_of_the_ranks():

@@ -132,6 +132,20 @@ def test_shards_are_shared_among_those_who_hold_the_same():
     assert [math.prod(whole)] * 4 == [_written(pieces) for pieces in of_ranks]
 
 
+def test_what_lies_on_parts_of_a_mesh_is_cut_alike_on_each():
+    """Ranks 0 and 2 of one part and 1 and 3 of the other know nothing of each other, and other tensors of theirs differ."""
+    cuts = []
+    for part in range(2):
+        holdings = Holdings()
+        holders = (part, part + 2)
+        of_the_whole_mesh = sharding.Part((0,), (1_000_000 * (1 + part),), torch.empty(1_000_000 * (1 + part), device="meta"))
+        of_a_part = sharding.Part((0,), (3_000_000,), torch.empty(3_000_000, device="meta"))
+        holdings.add(tree.Sharded("s/a", "tensor", "float32", (3_000_000,), (of_the_whole_mesh,), (), None, mesh=(2, 2)), holders)
+        holdings.add(tree.Sharded("s/b", "tensor", "float32", (3_000_000,), (of_a_part,), (), None, mesh=(2,)), holders)
+        cuts.append([[(piece.starts, piece.tensor.shape) for piece in holdings.pieces(rank)["s/b"]] for rank in holders])
+    assert cuts[0] == cuts[1]
+
+
 def test_who_holds_nothing_writes_nothing():
     holdings = Holdings()
     holdings.add(_array("s/x", (100,)), (1, 2))
