@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime as dt
 import html
 import os
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,13 @@ from expstate.diff.run import DiffOptions, diff_live, diff_snapshots
 from expstate.engine import ancestry, attempt, copy, describe, export, fetch, memory, ranks, restore, verify
 from expstate.engine.devices import check_device
 from expstate.engine.match import check_rename
+from expstate.engine.part import warn_of_trust
 from expstate.engine.plan import RestoreOptions
 from expstate.engine.report import RestoreReport, VerifyReport, bytes_text
 from expstate.engine.request import globs, make_request
 from expstate.engine.source import SnapshotSource, find_key
 from expstate.engine.take import Take, check_app_state, take_now
-from expstate.errors import EntryNotFoundError, ExpstateError, InvalidArgumentError, NeedsTrustWarning
+from expstate.errors import EntryNotFoundError, ExpstateError, InvalidArgumentError
 from expstate.format import manifest as manifests
 from expstate.format.manifest import AliasEntry, Entry, Manifest, TensorEntry
 from expstate.format.validate import validate
@@ -243,7 +243,7 @@ class Snapshot:
                 origin.gather()
             take, committed = take_now(request)
         snapshot = cls._committed(request.storage, origin, committed)
-        _warn_of_trust(take)
+        warn_of_trust(take.needing_trust)
         return snapshot
 
     @classmethod
@@ -310,7 +310,7 @@ class Snapshot:
             try:
                 take.gather()
                 take.stage()
-                _warn_of_trust(take)
+                warn_of_trust(take.needing_trust)
                 origin.goes_on(pending, metadata)
                 pending._begin()  # noqa: SLF001 - not for users: it is begun when they get it
             except BaseException as error:
@@ -987,14 +987,3 @@ def _time(text: str) -> dt.datetime:
         return dt.datetime.fromisoformat(text)
     except ValueError:
         return dt.datetime.fromtimestamp(0, dt.timezone.utc)
-
-
-def _warn_of_trust(take: Take) -> None:
-    if take.needing_trust:
-        listed = "; ".join(f"{path!r} ({reason})" for path, reason in take.needing_trust[:5])
-        more = f" and {len(take.needing_trust) - 5} more" if len(take.needing_trust) > 5 else ""  # noqa: PLR2004
-        warnings.warn(
-            f"these entries will come back only with trust=True: {listed}{more}; store plain values or tensors instead where you can",
-            NeedsTrustWarning,
-            stacklevel=3,
-        )

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from expstate.engine import memory
 from expstate.engine.digest import box_digest
 from expstate.engine.merge import RankPart
 from expstate.engine.write import FilesWriter
-from expstate.errors import UnsupportedValueError
+from expstate.errors import NeedsTrustWarning, UnsupportedValueError
 from expstate.format.layout import BYTES, DataFile, Source, lay_out
 from expstate.format.manifest import (
     DIGEST_BYTES,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from expstate.engine import crew, share
     from expstate.format.names import FileNamer
     from expstate.storage.base import Storage
+
+
+_NAMED = 5
 
 
 class PartWriter:
@@ -312,6 +316,18 @@ class PartWriter:
 def device_name(tensor: torch.Tensor) -> str:
     """Where a tensor lies, as entries record it."""
     return "cpu" if tensor.is_cpu else str(tensor.device)
+
+
+def warn_of_trust(needing_trust: Sequence[tuple[str, str]], stacklevel: int = 3) -> None:
+    """Tell who takes of objects that only ``trust=True`` will bring back, given by path and reason."""
+    if needing_trust:
+        listed = "; ".join(f"{path!r} ({reason})" for path, reason in needing_trust[:_NAMED])
+        more = f" and {len(needing_trust) - _NAMED} more" if len(needing_trust) > _NAMED else ""
+        warnings.warn(
+            f"these entries will come back only with trust=True: {listed}{more}; store plain values or tensors instead where you can",
+            NeedsTrustWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _source(leaf: tree.Array) -> Source:
