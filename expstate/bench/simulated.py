@@ -146,10 +146,10 @@ def plan(task: Task) -> Outcome:
         snapshot = Snapshot(folder / SNAPSHOT)
         manifest = snapshot.manifest
         read = time.perf_counter()
-        report = snapshot.restore({KEY: live}, progress=False)
+        snapshot.restore({KEY: live}, progress=False)
         restored = time.perf_counter()
     parts = {"manifest": read - start, "restore": restored - read}
     wrong = [name for name, tensor in local.items() if tensor.any()]
     error = f"{len(wrong)} tensors did not come back, the first is {wrong[0]!r}" if wrong else ""
     figures = {"boxes": len(manifest.files) * len(local)}
-    return measured(meter, report.nbytes, cached_bytes=left, parts=parts, figures=figures, error=error)
+    return measured(meter, 0, cached_bytes=left, parts=parts, figures=figures, error=error)
