@@ -71,8 +71,8 @@ class PendingSnapshot:
     def _give_up(self, error: BaseException) -> None:
         """End what was begun and nobody has in hand: nothing may appear."""
         running.leave(self.id)
-        self._take.cancel()
         if self._thread.is_alive():
+            self._take.cancel()
             self._done.wait()  # it removes what it has written
         else:
             self._take.abort(error)
@@ -93,7 +93,7 @@ class PendingSnapshot:
 
     def _fail(self, error: BaseException) -> None:
         self._take.abort(error)
-        if isinstance(error, StoppedError):
+        if isinstance(error, (StoppedError, TakeCancelledError)):
             self._error = TakeCancelledError(f"the take to {self.path!r} was cancelled, and nothing of it remains")
             return
         self._error = error

@@ -699,8 +699,9 @@ class Snapshot:
             position=ranks.position(pg),
         )
         budget = memory.budget_bytes(memory_budget_bytes)
+        source = self._source.of_rank(_own_rank(self.manifest, pg))
         report = restore.restore(
-            self._source, app_state, options, budget=budget, progress=progress, verify=verify, atomic=atomic, dry_run=dry_run
+            source, app_state, options, budget=budget, progress=progress, verify=verify, atomic=atomic, dry_run=dry_run
         )
         if not dry_run:
             ancestry.note(report.keys, self.id)
@@ -952,9 +953,9 @@ def _read_source(storage: Storage) -> tuple[SnapshotSource, bytes]:
         return SnapshotSource(storage, manifest, data, _own_rank(manifest)), data
 
 
-def _own_rank(manifest: Manifest) -> int:
+def _own_rank(manifest: Manifest, pg: Any = None) -> int:
     """The rank of this process, if the snapshot has one of that number, else the first."""
-    rank = 0 if manifest.world_size == 1 else ranks.position(None)[0]
+    rank = 0 if manifest.world_size == 1 else ranks.position(pg)[0]
     return rank if rank < manifest.world_size else 0
 
 

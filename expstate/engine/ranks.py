@@ -31,7 +31,7 @@ TIMEOUT_SECONDS = 600.0
 """So long a rank may stand still before it counts as hung."""
 _BEAT_SECONDS = 1.0
 _DEAD_SECONDS = 7.0
-"""A rank of another machine that was not heard of for so long is gone; one of this machine, if its process is."""
+"""A rank of another machine that was not heard of for so long is gone; one of this machine as soon as its process is."""
 _CHUNK_BYTES = 4 * MIB
 """The store takes no more than 8 MiB at once."""
 _LEAST_PAUSE, _MOST_PAUSE = 0.001, 0.05
@@ -90,7 +90,10 @@ class Ranks:
         """Wait until every other rank has left the operation, but no longer than so many seconds."""
 
     def fail(self, error: BaseException) -> None:
-        """Have every other rank raise what has happened here."""
+        """Have every other rank raise what has happened here, unless the first has decided to commit and this is another."""
+
+    def give_up(self, error: BaseException) -> None:
+        """Raise an error on all ranks, here where another thread waits for them; without effect once the first has decided to commit."""
 
     def on_failure(self, told: Callable[[BaseException], object]) -> None:
         """Call this when another rank has failed."""
@@ -127,7 +130,10 @@ class _Group(Ranks):
         self._told: list[Callable[[BaseException], object]] = []
         self._lock = threading.Lock()
         self._given: list[str] = []
+        self._gathered: list[str] = []
         self._spread: list[str] = []
+        self._has_failed = False
+        self._processes: dict[int, dict[str, Any]] = {}
         self._steps = 0
         self._waits = False
         self._ended = threading.Event()
@@ -151,10 +157,18 @@ class _Group(Ranks):
         except torch.distributed.DistError as error:
             if self._failure is not None:
                 raise self._failure from None
-            msg = (
-                f"the store of the process group does not answer any more; the rank or launcher that kept it is gone: {_first_line(error)}"
-            )
-            raise RankFailedError(msg) from error
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: BaseException) -> RankFailedError:
+        """What it means that the store does not answer: as a rule that the first rank, which keeps it, is gone."""
+        first = self._processes.get(0)
+        until = time.monotonic() + _BEAT_SECONDS  # a process that ends closes its connections first
+        while first is not None and not (is_gone := _has_ended_here(first)) and time.monotonic() < until:
+            time.sleep(_MOST_PAUSE)
+        if first is not None and is_gone:
+            return RankFailedError(f"rank 0 is gone: its process {first['pid']} on {first['host']} has ended, and the store with it", 0)
+        msg = f"the store of the process group does not answer any more; the rank or launcher that kept it is gone: {_first_line(error)}"
+        return RankFailedError(msg)
 
     def _put(self, name: str, data: bytes, *, of: int | None = None) -> None:
         key = f"{self._prefix}{name}" if of is None else f"{self._prefix}{name}/{of}"
@@ -181,6 +195,7 @@ class _Group(Ranks):
     # Agreeing
 
     def gather(self, name: str, data: bytes, idle: Callable[[], object] | None = None) -> list[bytes]:
+        self._gathered.append(name)
         self._put(name, data, of=self.rank)
         self._count(f"{name}/count", 1)
         self.went_on()
@@ -259,8 +274,14 @@ class _Group(Ranks):
     def fail(self, error: BaseException) -> None:
         if error is self._failure:
             return
+        self._has_failed = True
         text = str(error) or type(error).__name__
         self._tell({"rank": self.rank, "text": f"{type(error).__name__}: {text}" if str(error) else text, "kind": "error"})
+
+    def give_up(self, error: BaseException) -> None:
+        self.fail(error)
+        if self.decide_to_give_up():
+            self._note(error)
 
     def _tell(self, what: dict[str, Any]) -> None:
         with contextlib.suppress(RankFailedError, torch.distributed.DistError, RuntimeError):
@@ -273,6 +294,8 @@ class _Group(Ranks):
             what = json.loads(self._store.get(f"{self._prefix}failed"))
         if what["rank"] == self.rank and what["kind"] == "error":
             return  # told by this rank itself, which raises its own
+        if what["rank"] != 0 and not self.decide_to_give_up():
+            return  # too late: the first rank commits, and only what becomes of it counts
         if what["kind"] == "gone":
             self._gone.add(what["rank"])
         kind = RankTimeoutError if what["kind"] == "hung" else RankFailedError
@@ -308,19 +331,28 @@ class _Group(Ranks):
                     self._look_at(rank, one)
         except (RankFailedError, RuntimeError) as error:
             if not self._ended.is_set():
-                self._note(error if isinstance(error, RankFailedError) else RankFailedError(_first_line(error)))
+                self._note(error if isinstance(error, RankFailedError) else self._unreachable(error))
 
     def _beat_of(self, rank: int) -> str:
         key = f"{self._prefix}beat/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
+    def _process_of(self, rank: int) -> dict[str, Any]:
+        if rank not in self._processes:
+            self._processes[rank] = json.loads(self._get("process", of=rank))
+        return self._processes[rank]
+
     def _look_at(self, rank: int, watched: _Watched) -> None:
         beat = self._beat_of(rank)
         if beat == "closed":
             return
-        if watched.is_silent(beat):
-            process = json.loads(self._get("process", of=rank))
-            if not _is_alive_here(process):
+        if beat:
+            process = self._process_of(rank)
+            silence = watched.silence(beat)
+            if silence > 2 * _BEAT_SECONDS and _has_ended_here(process):
+                self._tell({"rank": rank, "text": f"its process {process['pid']} on {process['host']} has ended", "kind": "gone"})
+                return
+            if silence > _DEAD_SECONDS and not _is_of_here(process):
                 text = f"its process {process['pid']} on {process['host']} was not heard of for {_DEAD_SECONDS:g} s"
                 self._tell({"rank": rank, "text": text, "kind": "gone"})
                 return
@@ -332,14 +364,14 @@ class _Group(Ranks):
         if self._ended.is_set():
             return
         self._ended.set()
+        self._watcher.join(_BEAT_SECONDS)  # no beat may come after this
         with contextlib.suppress(RankFailedError, torch.distributed.DistError, RuntimeError):
             self._store.set(f"{self._prefix}beat/{self.rank}", "closed")
-            if self._failure is None:
+            if self._failure is None and not self._has_failed:
                 self._clean_up()
-        self._watcher.join(_BEAT_SECONDS)
 
     def _clean_up(self) -> None:
-        """Remove what this rank has given, and if it is the last to leave what the first has spread."""
+        """Remove what this rank has given, and if it is the last to leave all that is left."""
         spread = {f"{self._prefix}{name}" for name in self._spread}
         own = [key for key in self._given if not any(key == name or key.startswith(f"{name}/") for name in spread)]
         for key in own:
@@ -349,8 +381,10 @@ class _Group(Ranks):
                 for number in range(int(self._store.get(name))):
                     self._store.delete_key(f"{name}/{number}")
                 self._store.delete_key(name)
-            for rank in range(self.size):
-                self._store.delete_key(f"{self._prefix}beat/{rank}")
+            counts = [f"{name}/count" for name in self._gathered]
+            beats = [f"beat/{rank}" for rank in range(self.size)]
+            for name in (*counts, *beats, "closed", "decision"):
+                self._store.delete_key(f"{self._prefix}{name}")
 
 
 class _Watched:
@@ -361,12 +395,12 @@ class _Watched:
         self._beat = self._step = ""
         self._heard = self._stepped = time.monotonic()
 
-    def is_silent(self, beat: str) -> bool:
-        """Whether nothing new was heard for some time of a rank that was heard of before."""
+    def silence(self, beat: str) -> float:
+        """For how many seconds nothing new was heard."""
         now = time.monotonic()
         if beat != self._beat:
             self._beat, self._heard = beat, now
-        return bool(beat) and now - self._heard > _DEAD_SECONDS
+        return now - self._heard
 
     def is_hung(self, beat: str) -> bool:
         """Whether it has not gone on for too long, and does not wait for others."""
@@ -382,12 +416,16 @@ def _process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "boot": boot_id(), "namespace": process_namespace(), "pid": pid, "started": start_time(pid)}
 
 
-def _is_alive_here(process: dict[str, Any]) -> bool:
-    """Whether a process is one of this machine and lives: then it is only slow to say so."""
+def _is_of_here(process: dict[str, Any]) -> bool:
+    """Whether a process is one of this machine, so that its end would be seen."""
     mine = _process()
-    if process["boot"] is None or any(process[name] != mine[name] for name in ("boot", "namespace")):
-        return False
-    return process["started"] is not None and start_time(process["pid"]) == process["started"]
+    is_known = process["started"] is not None and process["boot"] is not None
+    return is_known and all(process[name] == mine[name] for name in ("boot", "namespace"))
+
+
+def _has_ended_here(process: dict[str, Any]) -> bool:
+    """Whether a process was one of this machine, and is no more; one that lives is only slow to say so."""
+    return _is_of_here(process) and start_time(process["pid"]) != process["started"]
 
 
 def _first_line(error: BaseException) -> str:

@@ -293,8 +293,9 @@ class Take:
     # Ending
 
     def cancel(self) -> None:
-        """Stop as soon as the threads notice; without effect once the commit has begun."""
+        """Stop as soon as the threads notice, on all ranks; without effect once the commit has begun."""
         self._stop.set()
+        self._ranks.give_up(TakeCancelledError("the take was cancelled"))
 
     def abort(self, error: BaseException | None = None) -> bool:
         """Remove what was written, unless it was committed; whether it was. Other ranks are told of the error."""

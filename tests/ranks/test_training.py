@@ -1,4 +1,4 @@
-"""Modules and optimizers that train on several ranks: what DDP, FSDP and tensor parallelism hold comes back, also on fewer or more ranks."""
+"""Modules and optimizers that train on several ranks: what DDP, FSDP and tensor parallelism hold comes back, on fewer or more ranks too."""
 
 from __future__ import annotations
 
