@@ -213,6 +213,7 @@ class _Group(Ranks):
             return data
         self._wait(lambda: self._has(name))
         found = self._get(name)
+        self._process_of(0)  # known before it may be gone, and the store with it
         self.went_on()
         return found
 
@@ -255,8 +256,12 @@ class _Group(Ranks):
         left = set(range(self.size)) - {self.rank}
         with contextlib.suppress(torch.distributed.DistError, RuntimeError):
             while left - self._gone and time.monotonic() < until:
-                left = {rank for rank in left if self._beat_of(rank) != "closed"}
+                left = {rank for rank in left if self._is_here(rank)}
                 time.sleep(_LEAST_PAUSE)
+
+    def _is_here(self, rank: int) -> bool:
+        """Whether another rank has joined the operation and not left it."""
+        return self._beat_of(rank) not in {"", "closed"} and not _has_ended_here(self._process_of(rank))
 
     # Failing
 

@@ -114,6 +114,17 @@ def test_many_takes_after_each_other_leave_nothing_in_the_store(tmp_path):
         assert more <= 2, "keys of the barriers"
 
 
+def test_a_store_in_a_file_will_do(tmp_path):
+    def work(rank):
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        pending = Snapshot.async_take(tmp_path / "a", {"s": StateDict(x=rank)})
+        snapshot = Snapshot.take(tmp_path / "b", {"s": StateDict(x=rank)})
+        return pending.wait().read_object("s/x"), snapshot.read_object("s/x")
+
+    assert [(0, 0), (1, 1)] == worlds.results(2, work)
+
+
 def test_overwriting_replaces_what_other_ranks_have_written(tmp_path):
     def first(rank):
         Snapshot.take(tmp_path / "a", {"s": StateDict(x=torch.full((1000,), rank))})

@@ -30,26 +30,32 @@ import torch.distributed.tensor.parallel
 from tests.engine.processes import Ended
 
 LIMIT_SECONDS = 60.0
+_LONG = dt.timedelta(seconds=60)
 
 
 class Untold(Exception):  # noqa: N818 - it stands for another one
     """An error of a rank that cannot be pickled, in words."""
 
 
-def run(size: int, function: Callable[[int], Any], *, limit: float = LIMIT_SECONDS) -> list[Ended]:
+def run(size: int, function: Callable[[int], Any], *, limit: float = LIMIT_SECONDS, keep_store: bool = False) -> list[Ended]:
     """Run ``function`` on each of ``size`` ranks, given its number; how each ended.
 
     Whatever is not done after ``limit`` seconds is aborted, with a traceback on stderr. A rank that is done stays until all are, as the
-    store of the process group lives in the first.
+    store of the process group lives in the first; with ``keep_store`` in this process, as under a launcher.
     """
+    store = None
     with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
         hold, let_go = os.pipe()
-        children = [_start(rank, size, function, server, (hold, let_go)) for rank in range(size)]
+        keeper = None if keep_store else 0
+        children = [_start(rank, size, function, server, (hold, let_go), is_keeper=rank == keeper) for rank in range(size)]
         os.close(hold)
+        if keep_store:
+            store = _store(server, is_keeper=True)
     try:
         told = _wait(children, limit)
     finally:
         os.close(let_go)
+        del store
     return [_end_of(child, data) for (child, _), data in zip(children, told, strict=True)]
 
 
@@ -68,7 +74,9 @@ def errors(size: int, function: Callable[[int], Any], *, limit: float = LIMIT_SE
     return [one.error for one in ended]  # type: ignore[misc]
 
 
-def _start(rank: int, size: int, function: Callable[[int], Any], server: socket.socket, held: tuple[int, int]) -> tuple[int, int]:
+def _start(
+    rank: int, size: int, function: Callable[[int], Any], server: socket.socket, held: tuple[int, int], *, is_keeper: bool
+) -> tuple[int, int]:
     """Fork one rank; its process id, and the pipe that its result comes out of."""
     result, give = os.pipe()
     with warnings.catch_warnings():
@@ -81,18 +89,19 @@ def _start(rank: int, size: int, function: Callable[[int], Any], server: socket.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(held[1])
         with os.fdopen(give, "wb") as pipe:
-            pipe.write(_told(rank, size, function, server))
+            pipe.write(_told(rank, size, function, server, is_keeper=is_keeper))
         os.read(held[0], 1)
     finally:
         os._exit(0)  # the threads of gloo may abort a process that ends in an orderly way
 
 
-def _told(rank: int, size: int, function: Callable[[int], Any], server: socket.socket) -> bytes:
+def _told(rank: int, size: int, function: Callable[[int], Any], server: socket.socket, *, is_keeper: bool) -> bytes:
     try:
         torch.set_num_threads(1)  # the threads of torch's pool are not in the child
         warnings.filterwarnings("default", module="torch")
         warnings.filterwarnings("default", category=FutureWarning)
-        _join(rank, size, server)
+        store = _store(server, is_keeper=is_keeper)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_LONG)
         ended = Ended(function(rank))
     except BaseException as error:  # noqa: BLE001 - handed to the parent
         traceback.print_exc()
@@ -106,16 +115,14 @@ def _told(rank: int, size: int, function: Callable[[int], Any], server: socket.s
     return data
 
 
-def _join(rank: int, size: int, server: socket.socket) -> None:
+def _store(server: socket.socket, *, is_keeper: bool) -> dist.TCPStore:
+    """The store of the process group; whoever keeps it listens at a port that is taken already, so that nobody can come between."""
     port = server.getsockname()[1]
-    if rank == 0:
-        # The store listens at a port that is taken already: nobody can come between.
+    if is_keeper:
         listening = server.detach()
-        store = dist.TCPStore("127.0.0.1", port, size, is_master=True, timeout=dt.timedelta(seconds=60), master_listen_fd=listening)
-    else:
-        server.close()
-        store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=dt.timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=dt.timedelta(seconds=60))
+        return dist.TCPStore("127.0.0.1", port, None, is_master=True, timeout=_LONG, wait_for_workers=False, master_listen_fd=listening)
+    server.close()
+    return dist.TCPStore("127.0.0.1", port, None, is_master=False, timeout=_LONG, wait_for_workers=False)
 
 
 def _wait(children: list[tuple[int, int]], limit: float) -> list[bytes]:
