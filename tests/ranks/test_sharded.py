@@ -189,6 +189,22 @@ def test_atomic_restores(tmp_path, budget):
         assert "entry 's/x' is damaged" in message
 
 
+@pytest.mark.parametrize("budget", [None, 2 * 1024**2], ids=["held", "written-before-the-return"])
+def test_async_takes_have_the_values_of_their_moment(tmp_path, budget):
+    full = torch.arange(1_500_000).reshape(3000, 500)
+
+    def work(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        x = distribute_tensor(full, mesh, [Shard(1)])
+        pending = Snapshot.async_take(tmp_path / "a", {"s": StateDict(x=x)}, memory_budget_bytes=budget)
+        x.to_local().zero_()
+        snapshot = pending.wait()
+        snapshot.restore({"s": StateDict(x=x)})
+        return torch.equal(full, _whole(x))
+
+    assert [True, True] == worlds.results(2, work)
+
+
 def test_cast_restores(tmp_path):
     full = torch.arange(35.0).reshape(7, 5)
 
