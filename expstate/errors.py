@@ -109,6 +109,10 @@ class PickleNotAllowedError(ExpstateError, pickle.UnpicklingError):
     """An entry needs pickle, which can run code. Pass ``trust=True`` only if you trust who wrote the snapshot."""
 
 
+class CheckpointFormatError(ExpstateError, ValueError):
+    """A checkpoint of another library is damaged, or has a form that is not known here. Load it with that library, and take a snapshot."""
+
+
 class UnknownClassError(ExpstateError, TypeError):
     """An entry is of a class that this process has not imported. Import its module, then read again."""
 

@@ -1,4 +1,4 @@
-"""The verbs that read what is in snapshots and compare it: read, diff, copy, export."""
+"""The verbs that read what is in snapshots, compare it, and bring it elsewhere or here: read, diff, copy, export, import."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from expstate.commands.view import Column
 from expstate.diff import show
 from expstate.engine.report import bytes_text, counted
 from expstate.errors import InvalidArgumentError
+from expstate.interop import import_dcp
 from expstate.state.paths import matcher, printable
 
 if TYPE_CHECKING:
@@ -254,6 +255,31 @@ def _show_export(report: ExportReport, view: View, arguments: argparse.Namespace
         view.line(f"left out, as no tensors: {', '.join(report.left_out[:_NAMED])}{others}")
 
 
+# import
+
+
+def _import(session: Session, arguments: argparse.Namespace) -> Snapshot:
+    del session  # the place of the catalog is all that is needed
+    return import_dcp(
+        arguments.source,
+        arguments.dest,
+        key=arguments.key,
+        trust=arguments.trust,
+        name=arguments.name,
+        tags=arguments.tag or (),
+        note=arguments.note,
+        step=arguments.step,
+        overwrite=arguments.overwrite,
+        catalog=arguments.catalog,
+    )
+
+
+def _show_import(imported: Snapshot, view: View, arguments: argparse.Namespace) -> None:
+    del arguments
+    keys = ", ".join(map(printable, imported.keys()))
+    view.line(f"imported {imported.id[:8]} ({keys}; {bytes_text(imported.nbytes)}) to {imported.path}")
+
+
 VERBS = (
     Verb(
         name="read",
@@ -329,5 +355,26 @@ VERBS = (
         call=_export,
         show=_show_export,
         widens=True,
+    ),
+    Verb(
+        name="import",
+        library="interop.import_dcp",
+        help="Make a snapshot of a checkpoint folder of PyTorch's DCP.",
+        details="The folder has a file .metadata and files .distcp. Nothing that is in them is run, unless you say --trust.",
+        example="expstate import checkpoint imported/run-7 --name run-7",
+        arguments=(
+            argument("source", metavar="SOURCE", help="the checkpoint's folder"),
+            argument("dest", metavar="DEST", help="a folder to make, or one without a snapshot: a path or URL"),
+            argument("--name", metavar="NAME", help="what the snapshot is to be called"),
+            argument("--tag", action="append", metavar="TAG", help="a label; may be given several times"),
+            argument("--note", metavar="TEXT", help="a text about it"),
+            argument("--step", type=int, metavar="N", help="the step of the training"),
+            argument("--key", default="state", metavar="KEY", help="the key for what stands at the top of the checkpoint (default: state)"),
+            argument("--overwrite", action="store_true", help="replace a snapshot that is there"),
+            argument("--trust", action="store_true", help="let pickles in it run code: only if you trust who wrote the checkpoint"),
+        ),
+        call=_import,
+        show=_show_import,
+        data=lambda imported, _: {"id": imported.id, "url": imported.path, "keys": imported.keys(), "nbytes": imported.nbytes},
     ),
 )

@@ -16,16 +16,18 @@ import msgspec
 from expstate import collector
 from expstate._version import __version__
 from expstate.catalog.origin import Origin
-from expstate.engine import ancestry, crew, merge
+from expstate.engine import ancestry, crew, merge, share
 from expstate.engine.attempt import Attempt
-from expstate.engine.part import PartWriter
-from expstate.errors import ExpstateError
+from expstate.engine.part import PartWriter, device_name
+from expstate.errors import ExpstateError, UnsupportedValueError
 from expstate.format import manifest as manifests
 from expstate.format import names
 from expstate.format.manifest import Manifest
 from expstate.format.metadata import make_metadata
 from expstate.format.validate import validate
 from expstate.interop.names import assemble
+from expstate.state import tree
+from expstate.state.tensors import NAMES, is_plain_memory
 from expstate.storage import registry
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from expstate.catalog.origin import CatalogOption
     from expstate.engine.merge import RankPart
     from expstate.interop.names import Place
+    from expstate.state.sharding import Part
     from expstate.storage.base import Storage
 
 
@@ -55,6 +58,14 @@ class Given:
     force: bool = False
     memory_budget_bytes: int | None = None
     catalog: CatalogOption = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """What is here of a tensor, at least one box, and the shape of the whole."""
+
+    shape: tuple[int, ...]
+    parts: list[Part]
 
 
 class RankAttempt:
@@ -102,6 +113,50 @@ class RankAttempt:
         self.part.abort()
         self._attempt.abort(self.part.created)
         self.part.close()
+
+
+def add_key(part: PartWriter, key: str, wholes: Iterable[tuple[str, Any]], shards: Mapping[str, Shards]) -> None:
+    """Give a writer what a rank has of one key.
+
+    Parameters
+    ----------
+    part : PartWriter
+        The writer.
+    key : str
+        The key.
+    wholes : iterable of (str, Any)
+        Whole tensors and other values, each with the path of its entry.
+    shards : mapping of str to Shards
+        What is here of tensors in shards, by path.
+
+    Raises
+    ------
+    UnsupportedValueError
+        If something cannot be stored; the message names its path.
+    """
+    leaves = tree.flatten_items(wholes)
+    for leaf in leaves:
+        if isinstance(leaf, tree.Sharded):
+            msg = f"entry {leaf.path!r} is a sharded tensor inside of a value, which is saved by one rank alone"
+            raise UnsupportedValueError(msg)
+    pieces: dict[str, list[share.Piece]] = {}
+    of_all: dict[str, str] = {}
+    for path, found in shards.items():
+        tensor = found.parts[0].tensor
+        if tensor.dtype not in NAMES:
+            msg = f"entry {path!r} has dtype {tensor.dtype}, which cannot be stored in shards"
+            raise UnsupportedValueError(msg)
+        leaves.append(tree.Sharded(path, "tensor", NAMES[tensor.dtype], found.shape, tuple(found.parts), (), None))
+        of_all[path] = device_name(tensor)
+        is_empty = 0 in found.shape
+        here = [one for one in found.parts if one.tensor.numel() or is_empty]
+        pieces[path] = [_piece(one, is_whole=one.sizes == found.shape and not is_empty) for one in here]
+    part.add_key(key, leaves, pieces, of_all)
+
+
+def _piece(one: Part, *, is_whole: bool) -> share.Piece:
+    address = one.tensor.data_ptr() if is_plain_memory(one.tensor) else None
+    return share.Piece(None if is_whole else one.starts, one.tensor, address)
 
 
 class Commission:

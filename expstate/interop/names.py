@@ -26,6 +26,8 @@ TOP_KEY = "state"
 TOP_TYPE = "torch.distributed.checkpoint.TopLevel"
 """What the manifest says of that key in the place of a stateful's class."""
 _DICT_TYPE = "builtins.dict"
+_MOST_DEPTH = 300
+_MOST_HOLES = 1000
 _DICTS = frozenset({"dict", "OrderedDict", "defaultdict", "Counter"})
 
 
@@ -84,6 +86,9 @@ def assemble(places: Sequence[Place], entries: Iterable[Entry], top: str) -> tup
     """
     root = _Node("")
     for place in places:
+        if len(place) > _MOST_DEPTH:
+            msg = f"the state dict is nested more than {_MOST_DEPTH} deep"
+            raise InvalidArgumentError(msg)
         _grow(root, (top, *place) if len(place) == 1 else place)
     has_top = any(len(place) == 1 for place in places)
     if has_top and any(len(place) > 1 and place[0] == top for place in places):
@@ -147,7 +152,11 @@ def _emit(node: _Node, of_items: Mapping[str, list[Entry]], found: list[Entry]) 
             _emit(child, of_items, found)
         return
     found.append(ContainerEntry(node.path, "list"))
-    for number in range(max(numbers) + 1):
+    count = max(numbers) + 1
+    if min(numbers) < 0 or count > 2 * len(numbers) + _MOST_HOLES:
+        msg = f"of the list at {node.path!r} with {count:,} items {len(numbers):,} are there"
+        raise InvalidArgumentError(msg)
+    for number in range(count):
         item = node.children.get(number)
         if item is None:  # it was empty, and the checkpoint knows nothing of it
             found.append(ValueEntry(f"{node.path}/{number}", None))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from expstate.cli import main
 from expstate.commands import VERBS, Verb, build_parser
@@ -39,6 +42,7 @@ EXPECTED = {
     "status": "catalog.status",
     "copy": "snapshot.copy",
     "export": "snapshot.export",
+    "import": "interop.import_dcp",
 }
 RUN = [verb for verb in VERBS if verb.prepare is None]
 
@@ -47,7 +51,11 @@ RUN = [verb for verb in VERBS if verb.prepare is None]
 def example_project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, bool]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPSTATE_PROJECT", "digits")
-        yield make_project(tmp_path_factory.mktemp("examples")), request.param == "as JSON"
+        project = make_project(tmp_path_factory.mktemp("examples"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that this is one process
+            dcp.save({"model": {"weight": torch.ones(2)}}, checkpoint_id=project.folder / "checkpoint")
+        yield project, request.param == "as JSON"
 
 
 def test_every_verb_is_in_the_table_once() -> None:

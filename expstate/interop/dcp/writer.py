@@ -19,26 +19,24 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from expstate import collector
-from expstate.engine import memory, merge, ranks, share
+from expstate.engine import memory, merge, ranks
 from expstate.engine.attempt import Attempt
 from expstate.engine.lease import boot_id
-from expstate.engine.part import device_name, warn_of_trust
+from expstate.engine.part import warn_of_trust
 from expstate.errors import ExpstateError, InvalidArgumentError, RankFailedError, SnapshotWriteError, UnsupportedValueError
 from expstate.format import names
 from expstate.format.metadata import make_metadata
-from expstate.interop.commit import Commission, Given, RankAttempt
+from expstate.interop.commit import Commission, Given, RankAttempt, Shards, add_key
 from expstate.interop.names import TOP_KEY, Place, entry_path, place_of
-from expstate.state import paths, tree
+from expstate.state import paths
 from expstate.state.objects import unpickle_object
 from expstate.state.sharding import Part
-from expstate.state.tensors import NAMES, is_plain_memory
 from expstate.storage import registry
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
-    import torch
     from torch.distributed.checkpoint.metadata import Metadata
 
     from expstate.catalog.origin import CatalogOption
@@ -307,55 +305,24 @@ def _by_key(plan: SavePlan, top: str) -> dict[str, list[tuple[str, WriteItem]]]:
 def _add(work: RankAttempt, key: str, items: list[tuple[str, WriteItem]], planner: SavePlanner) -> None:
     """Give the writer the items of one key."""
     with collector.paused():
-        leaves = tree.flatten_items((path, _value(item, path, planner)) for path, item in items if item.type != WriteItemType.SHARD)
-        for leaf in leaves:
-            if isinstance(leaf, tree.Sharded):
-                msg = f"entry {leaf.path!r} is a sharded tensor inside of a value, which is saved by one rank alone"
-                raise UnsupportedValueError(msg)
-        shards: dict[str, list[tuple[WriteItem, torch.Tensor]]] = {}
+        shards: dict[str, Shards] = {}
         for path, item in items:
             if item.type == WriteItemType.SHARD:
-                shards.setdefault(path, []).append((item, _shard(item, path, planner)))
-        pieces: dict[str, list[share.Piece]] = {}
-        of_all: dict[str, str] = {}
-        for path, found in shards.items():
-            leaf = _sharded(path, found)
-            leaves.append(leaf)
-            of_all[path] = device_name(found[0][1])
-            pieces[path] = [_piece(leaf, part) for part in leaf.parts if part.tensor.numel() or 0 in leaf.shape]
-        work.part.add_key(key, leaves, pieces, of_all)
+                assert item.tensor_data is not None
+                found = shards.setdefault(path, Shards(tuple(item.tensor_data.size), []))
+                found.parts.append(_shard(item, path, planner))
+        wholes = ((path, _value(item, path, planner)) for path, item in items if item.type != WriteItemType.SHARD)
+        add_key(work.part, key, wholes, shards)
 
 
-def _sharded(path: str, found: list[tuple[WriteItem, torch.Tensor]]) -> tree.Sharded:
-    data = found[0][0].tensor_data
-    assert data is not None
-    dtype = found[0][1].dtype
-    if dtype not in NAMES:
-        msg = f"entry {path!r} has dtype {dtype}, which cannot be stored in shards"
-        raise UnsupportedValueError(msg)
-    parts = []
-    for item, tensor in found:
-        assert item.tensor_data is not None
-        chunk = item.tensor_data.chunk
-        parts.append(Part(tuple(chunk.offsets), tuple(chunk.sizes), tensor))
-    return tree.Sharded(path, "tensor", NAMES[dtype], tuple(data.size), tuple(parts), (), None)
-
-
-def _piece(leaf: tree.Sharded, part: Part) -> share.Piece:
-    tensor = part.tensor
-    starts = None if part.sizes == leaf.shape and 0 not in leaf.shape else part.starts
-    return share.Piece(starts, tensor, tensor.data_ptr() if is_plain_memory(tensor) else None)
-
-
-def _shard(item: WriteItem, path: str, planner: SavePlanner) -> torch.Tensor:
-    tensor: Any = planner.resolve_data(item)
-    tensor = tensor.detach()
+def _shard(item: WriteItem, path: str, planner: SavePlanner) -> Part:
     assert item.tensor_data is not None
-    sizes = tuple(item.tensor_data.chunk.sizes)
-    if tuple(tensor.shape) != sizes:
-        msg = f"entry {path!r} has a shard of shape {tuple(tensor.shape)}, and its plan says {sizes}"
+    tensor: Any = planner.resolve_data(item)
+    chunk = item.tensor_data.chunk
+    if tensor.shape != chunk.sizes:
+        msg = f"entry {path!r} has a shard of shape {tuple(tensor.shape)}, and its plan says {tuple(chunk.sizes)}"
         raise UnsupportedValueError(msg)
-    return tensor  # type: ignore[no-any-return]
+    return Part(tuple(chunk.offsets), tuple(chunk.sizes), tensor.detach())
 
 
 def _value(item: WriteItem, path: str, planner: SavePlanner) -> Any:
