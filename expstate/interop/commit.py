@@ -100,7 +100,9 @@ class RankAttempt:
 
     def write(self) -> RankPart:
         """Write it all; what the manifest will say of it."""
-        with collector.paused():
+        with collector.paused() as pause:
+            if self.part.total_bytes >= collector.LONG_BYTES:
+                pause.end()
             try:
                 self.part.write()
                 return self.part.record(self._rank)

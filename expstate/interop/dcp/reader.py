@@ -208,11 +208,12 @@ class Reader(StorageReader):
             _check(entry, item, tensor)
             wanted.append((entry, starts, tensor))
             numbers |= source.files_of_regions(entry, [(starts, tuple(tensor.shape))])
-        with source.opened(numbers) as opened, collector.paused():
+        with source.opened(numbers) as opened:
             reads: list[Read] = []
-            for entry, starts, tensor in wanted:
-                dtype = tensors.DTYPES[entry.dtype]
-                reads += opened.region_reads(entry, starts, tensor, None if dtype == tensor.dtype else dtype)
+            with collector.paused():
+                for entry, starts, tensor in wanted:
+                    dtype = tensors.DTYPES[entry.dtype]
+                    reads += opened.region_reads(entry, starts, tensor, None if dtype == tensor.dtype else dtype)
             fetch.read_all(opened, reads, budget, verify=self._verify)
         return [tensor for _, _, tensor in wanted]
 
