@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import msgspec
 from blake3 import blake3
 
 from expstate.engine.attempt import read_committed
+from expstate.engine.pool import MOST_FILES, FilePool
 from expstate.engine.read import Damage, Read, Target, target
 from expstate.errors import EntryNotFoundError, SnapshotCorruptError, SnapshotReplacedError, StorageError, UnsafeFileError
 from expstate.format.manifest import BLOCK_BYTES, DIGEST_BYTES, AliasEntry, Box, Entry, Manifest, ObjectEntry, TensorEntry
@@ -94,9 +96,12 @@ class SnapshotSource:
         wanted = range(len(session.files)) if numbers is None else sorted(numbers)
         sizes = self.storage.sizes([self.manifest.files[number].name for number in wanted])
         with contextlib.ExitStack() as stack:
+            pool = FilePool() if len(wanted) > MOST_FILES else None
+            if pool is not None:
+                stack.callback(pool.close)
             for number in wanted:
                 try:
-                    problem = session._open(number, stack, sizes)  # noqa: SLF001 - another of this class
+                    problem = session._open(number, stack, sizes, pool)  # noqa: SLF001 - another of this class
                 except (UnsafeFileError, StorageError) as error:
                     if on_damage is None:
                         raise
@@ -108,10 +113,11 @@ class SnapshotSource:
                     on_damage(problem)
             yield session
 
-    def _open(self, number: int, stack: contextlib.ExitStack, sizes: Mapping[str, int]) -> Damage | None:
+    def _open(self, number: int, stack: contextlib.ExitStack, sizes: Mapping[str, int], pool: FilePool | None) -> Damage | None:
         record = self.manifest.files[number]
+        open_file = functools.partial(self.storage.open_file, record.name, size=sizes.get(record.name))
         try:
-            file = stack.enter_context(self.storage.open_file(record.name, size=sizes.get(record.name)))
+            file = stack.enter_context(open_file()) if pool is None else pool.add(open_file(), open_file)
         except FileNotFoundError:
             if read_committed(self.storage) != self._data:
                 msg = f"the snapshot at {self.storage.url!r} was replaced or deleted meanwhile; open it anew"
