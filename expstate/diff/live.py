@@ -113,7 +113,7 @@ class LiveState:
     def __init__(self, app_state: Mapping[str, Stateful]) -> None:
         self.classes = {key: f"{type(value).__module__}.{type(value).__qualname__}" for key, value in app_state.items()}
         with collector.paused():
-            self._leaves = [leaf for key, state in state_dicts(app_state).items() for leaf in tree.flatten(key, state)]
+            self._leaves = [_whole(leaf) for key, state in state_dicts(app_state).items() for leaf in tree.flatten(key, state)]
         self.arrays = {leaf.path: leaf for leaf in self._leaves if isinstance(leaf, tree.Array)}
 
     def listing(self, other: Listing, *, budget: int, progress: ProgressOption) -> Listing:
@@ -178,6 +178,18 @@ class LiveState:
         if isinstance(leaf, tree.Alias):
             return AliasEntry(path, leaf.target)
         return _object_entry(path, leaf.value)
+
+
+def _whole(leaf: tree.Leaf) -> tree.Leaf:
+    """A sharded tensor that is here as a whole as one that is not sharded."""
+    if not isinstance(leaf, tree.Sharded):
+        return leaf
+    if len(leaf.parts) != 1 or leaf.parts[0].sizes != leaf.shape:
+        msg = f"entry {leaf.path!r} cannot be compared: only a part of this tensor is here; take a snapshot and compare that"
+        raise UnsupportedValueError(msg)
+    tensor = leaf.parts[0].tensor
+    address = tensor.data_ptr() if tensors.is_plain_memory(tensor) else None
+    return tree.Array(leaf.path, leaf.kind, leaf.dtype, leaf.shape, tensor, leaf.value, leaf.requires_grad, address)
 
 
 def _bare_entry(array: tree.Array) -> TensorEntry:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from expstate import Snapshot, StateDict
-from expstate.errors import RestoreMismatchError
+from expstate.errors import RestoreMismatchError, UnsupportedValueError
 from tests.ranks import worlds
 
 FULL = torch.arange(7 * 5 * 3).reshape(7, 5, 3)
@@ -203,6 +203,20 @@ def test_async_takes_have_the_values_of_their_moment(tmp_path, budget):
         return torch.equal(full, _whole(x))
 
     assert [True, True] == worlds.results(2, work)
+
+
+def test_live_shards_are_compared_where_they_are_whole(tmp_path):
+    def work(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        whole, part = distribute_tensor(FULL, mesh, [Replicate()]), distribute_tensor(FULL, mesh, [Shard(0)])
+        snapshot = Snapshot.take(tmp_path / "a", {"s": StateDict(whole=whole), "t": StateDict(part=part)})
+        assert not snapshot.diff({"s": StateDict(whole=whole)})
+        whole.to_local()[0] += 1
+        assert ["s/whole"] == list(snapshot.diff({"s": StateDict(whole=whole)}).changed)
+        with pytest.raises(UnsupportedValueError, match="entry 't/part' cannot be compared: only a part of this tensor is here"):
+            snapshot.diff({"t": StateDict(part=part)})
+
+    worlds.results(2, work)
 
 
 def test_cast_restores(tmp_path):
