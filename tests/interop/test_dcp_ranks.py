@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from expstate import Catalog, Snapshot, StateDict
-from expstate.errors import RankFailedError, StorageError
+from expstate import Catalog, Snapshot, StateDict, gc
+from expstate.errors import RankFailedError, SnapshotNotFoundError, StorageError
 from expstate.interop.dcp import Reader, Writer
 from tests.ranks import worlds
 
@@ -210,6 +212,27 @@ def test_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path: Path,
 
     assert [[f"rank {failing} failed: StorageError: the disk is gone"]] * 2 == found
     assert 10 == len(Snapshot(tmp_path / "s").get_state_dict_for_key("t"))
+
+
+def test_rank_that_is_killed_ends_the_save_and_leaves_what_gc_removes(tmp_path: Path) -> None:
+    class Killed(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().resolve_data(write_item)
+
+    def work(_: int) -> None:
+        values = {str(number): torch.full((100,), float(number)) for number in range(10)}
+        with pytest.raises(RuntimeError):  # of gloo
+            save({"t": values}, Writer(tmp_path / "s"), planner=Killed())
+
+    ended = worlds.run(2, work)
+
+    assert (None, signal.SIGKILL) == (ended[0].error, ended[1].signal)
+    with pytest.raises(SnapshotNotFoundError):
+        Snapshot(tmp_path / "s").keys()
+    gc(tmp_path / "s")
+    assert set() == names(tmp_path)
 
 
 def test_plans_that_are_kept(tmp_path: Path) -> None:

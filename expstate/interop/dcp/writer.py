@@ -78,7 +78,8 @@ class Writer(StorageWriter):
     state of an optimizer are put back.
 
     On several ranks all make one with the same arguments. The first holds the place and commits; if a rank fails, all raise, and nothing
-    is left. It works in the thread and in the process of ``dcp.async_save``, with any process group, and with none.
+    is left; what a killed one leaves, ``expstate.gc`` removes. It works in the thread and in the process of ``dcp.async_save``, with any
+    process group, and with none. A planner that makes new tensors has all of them in memory while they are written.
 
     Parameters
     ----------
