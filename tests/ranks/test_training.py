@@ -190,16 +190,17 @@ def _check(kind: str, size: int, other: str, other_size: int, folder: Path) -> N
         ("tensor-parallel", 4, "tensor-parallel", 2),
         ("tensor-parallel", 2, "alone", 1),
         ("fsdp-and-tensor-parallel", 4, "fsdp-and-tensor-parallel", 4),
-        ("fsdp-and-tensor-parallel", 4, "fsdp-and-tensor-parallel", 2),
-        ("fsdp-and-tensor-parallel", 4, "fsdp", 3),
+        pytest.param("fsdp-and-tensor-parallel", 4, "fsdp-and-tensor-parallel", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp-and-tensor-parallel", 4, "fsdp", 3, marks=pytest.mark.slow),
         ("hsdp", 4, "hsdp", 4),
-        ("hsdp", 4, "fsdp", 3),
+        pytest.param("hsdp", 4, "fsdp", 3, marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_as_if_it_had_not_been_interrupted(kind, size, other, other_size, tmp_path):
     _check(kind, size, other, other_size, tmp_path)
 
 
+@pytest.mark.slow
 def test_six_ranks_cut_what_two_have_cut(tmp_path):
     """28 rows cut in two, and each part in three: strided shards of uneven length."""
     _check("fsdp-and-tensor-parallel", 6, "fsdp", 2, tmp_path)
