@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import threading
 import time
 import weakref
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expstate.engine.lease import boot_id, process_namespace, start_time
+from expstate.engine.watch import Watched, has_ended_here, is_of_here, this_process
 from expstate.errors import InvalidArgumentError, RankFailedError, RankTimeoutError
 from expstate.settings import MIB
 
@@ -139,7 +137,7 @@ class _Group(Ranks):
         self._ended = threading.Event()
         self._gone: set[int] = set()
         self._watcher = threading.Thread(target=self._watch, name="expstate-ranks", daemon=True)
-        self._put("process", json.dumps(_process()).encode(), of=self.rank)
+        self._put("process", json.dumps(this_process()).encode(), of=self.rank)
         self._watcher.start()
 
     def group_rank(self, global_rank: int) -> int | None:
@@ -163,7 +161,7 @@ class _Group(Ranks):
         """What it means that the store does not answer: as a rule that the first rank, which keeps it, is gone."""
         first = self._processes.get(0)
         until = time.monotonic() + _BEAT_SECONDS  # a process that ends closes its connections first
-        while first is not None and not (is_gone := _has_ended_here(first)) and time.monotonic() < until:
+        while first is not None and not (is_gone := has_ended_here(first)) and time.monotonic() < until:
             time.sleep(_MOST_PAUSE)
         if first is not None and is_gone:
             return RankFailedError(f"rank 0 is gone: its process {first['pid']} on {first['host']} has ended, and the store with it", 0)
@@ -261,7 +259,7 @@ class _Group(Ranks):
 
     def _is_here(self, rank: int) -> bool:
         """Whether another rank has joined the operation and not left it."""
-        return self._beat_of(rank) not in {"", "closed"} and not _has_ended_here(self._process_of(rank))
+        return self._beat_of(rank) not in {"", "closed"} and not has_ended_here(self._process_of(rank))
 
     # Failing
 
@@ -323,7 +321,8 @@ class _Group(Ranks):
 
     def _watch(self) -> None:
         watched = [rank for rank in range(self.size) if rank != self.rank] if self.is_first else [0]
-        watchers = {rank: _Watched(self._timeout) for rank in watched}
+        # What is heard of a rank may be a beat old, and so may what it has heard.
+        watchers = {rank: Watched(self._timeout + 2 * _BEAT_SECONDS) for rank in watched}
         beats = 0
         try:
             while not self._ended.wait(_BEAT_SECONDS if beats else 0):
@@ -347,17 +346,17 @@ class _Group(Ranks):
             self._processes[rank] = json.loads(self._get("process", of=rank))
         return self._processes[rank]
 
-    def _look_at(self, rank: int, watched: _Watched) -> None:
+    def _look_at(self, rank: int, watched: Watched) -> None:
         beat = self._beat_of(rank)
         if beat == "closed":
             return
         if beat:
             process = self._process_of(rank)
             silence = watched.silence(beat)
-            if silence > 2 * _BEAT_SECONDS and _has_ended_here(process):
+            if silence > 2 * _BEAT_SECONDS and has_ended_here(process):
                 self._tell({"rank": rank, "text": f"its process {process['pid']} on {process['host']} has ended", "kind": "gone"})
                 return
-            if silence > _DEAD_SECONDS and not _is_of_here(process):
+            if silence > _DEAD_SECONDS and not is_of_here(process):
                 text = f"its process {process['pid']} on {process['host']} was not heard of for {_DEAD_SECONDS:g} s"
                 self._tell({"rank": rank, "text": text, "kind": "gone"})
                 return
@@ -390,47 +389,6 @@ class _Group(Ranks):
             beats = [f"beat/{rank}" for rank in range(self.size)]
             for name in (*counts, *beats, "closed", "decision"):
                 self._store.delete_key(f"{self._prefix}{name}")
-
-
-class _Watched:
-    """What was heard of a rank, and when."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._beat = self._step = ""
-        self._heard = self._stepped = time.monotonic()
-
-    def silence(self, beat: str) -> float:
-        """For how many seconds nothing new was heard."""
-        now = time.monotonic()
-        if beat != self._beat:
-            self._beat, self._heard = beat, now
-        return now - self._heard
-
-    def is_hung(self, beat: str) -> bool:
-        """Whether it has not gone on for too long, and does not wait for others."""
-        now = time.monotonic()
-        _, _, step = beat.partition(" ")
-        if step != self._step or step.endswith(" 1"):
-            self._step, self._stepped = step, now
-        return now - self._stepped > self._timeout
-
-
-def _process() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": boot_id(), "namespace": process_namespace(), "pid": pid, "started": start_time(pid)}
-
-
-def _is_of_here(process: dict[str, Any]) -> bool:
-    """Whether a process is one of this machine, so that its end would be seen."""
-    mine = _process()
-    is_known = process["started"] is not None and process["boot"] is not None
-    return is_known and all(process[name] == mine[name] for name in ("boot", "namespace"))
-
-
-def _has_ended_here(process: dict[str, Any]) -> bool:
-    """Whether a process was one of this machine, and is no more; one that lives is only slow to say so."""
-    return _is_of_here(process) and start_time(process["pid"]) != process["started"]
 
 
 def _first_line(error: BaseException) -> str:
