@@ -35,11 +35,11 @@ from .crashes import (
     act,
     assert_failed_cleanly,
     check,
-    crew_threads,
     error_of,
     found_at,
     prepare,
     state,
+    threads_left,
 )
 from .processes import Changes, changes_of, in_child, unmount, watched
 
@@ -57,7 +57,7 @@ def failing_at(number: int, code: int, root: Path, action: str) -> str | None:
 
     with watched(Changes(number, strike)) as changes:
         error = error_of(act, root, action)
-    assert [] == crew_threads()
+    assert [] == threads_left()
     if error is None:
         return None
     assert isinstance(error, NoSpaceError if code == errno.ENOSPC else StorageError)

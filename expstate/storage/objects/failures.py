@@ -293,5 +293,5 @@ def _secrets(value: object, *, is_secret: bool = False) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for part in value:
             yield from _secrets(part, is_secret=is_secret)
-    elif is_secret:
-        yield from _secrets(getattr(value, "token", None), is_secret=True)  # credentials of google-auth
+    elif is_secret and isinstance(token := getattr(value, "token", None), str):
+        yield from _secrets(token, is_secret=True)  # of credentials of google-auth
