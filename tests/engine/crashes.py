@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 import time
@@ -121,13 +122,12 @@ def check(root: Path, action: str) -> int | None:
 
 
 def crew_threads() -> list[str]:
-    """The threads of ours that move bytes, and not those that keep idle memory for a while, or look around for a record.
+    """The threads of ours that move bytes, and not those that keep idle memory or a connection, or look around for a record.
 
     One whose start was interrupted is listed for ever, but does not live.
     """
-    others = {"expstate-provenance", "expstate-catalog"}
     names = [thread.name for thread in threading.enumerate() if thread.is_alive()]
-    return [name for name in names if name.startswith("expstate") and name not in others]
+    return [name for name in names if re.match(r"expstate-(\d|take)", name)]
 
 
 def threads_left() -> list[str]:
