@@ -102,6 +102,7 @@ class TestFolders(ClientTests):
     """A file system with real folders, which must be made, and may be missing."""
 
     keeps_write_ids = False
+    many_objects = 150
     has_buckets = False
     opens_in = """
         from expstate.storage.objects.fsspec import client as open_client
@@ -244,6 +245,7 @@ class TestAsynchronous(ClientTests):
     """A file system that is asynchronous: s3fs as any other, without what its own client adds."""
 
     keeps_write_ids = False
+    many_objects = 150
     makes_buckets = True
     lists_missing_buckets = True
     opens_in = """

@@ -577,8 +577,11 @@ def early_server(*, reads_on: bool) -> Iterator[str]:
                 while b"\r\n\r\n" not in head:
                     head += connection.recv(1 << 16)
                 connection.sendall(b"HTTP/1.1 412 Precondition Failed\r\nContent-Length: 0\r\n\r\n")
-                while reads_on and connection.recv(1 << 20):
-                    pass
+                connection.settimeout(0.1)  # the client may keep the connection for later
+                while reads_on and not done.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        if not connection.recv(1 << 20):
+                            break
                 done.wait()
 
         thread = threading.Thread(target=serve, daemon=True)
