@@ -1,4 +1,4 @@
-# `make help` lists the targets. Variables: PYTHON, VENV, JOBS (test processes), BENCH_PATH, BENCH_ARGS.
+# `make help` lists the targets. Variables: PYTHON, VENV, JOBS (test processes), BENCH_PATH, BENCH_ARGS, TORTURE_ARGS.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -10,18 +10,21 @@ CPUS := $(shell getconf _NPROCESSORS_ONLN)
 JOBS ?= $(shell echo $$(( 2 * $(CPUS) < 8 ? 2 * $(CPUS) : 8 )))
 BENCH_PATH ?= bench-run
 BENCH_ARGS ?=
+TORTURE_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.expstate-stamp
 
-.PHONY: help demo test browser check bench gpu clean
+.PHONY: help demo test browser torture check bench gpu clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-6s  %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-7s  %s\n' "$$name" "$$text"; done
 
 demo: $(STAMP) ## train on real data, be killed, resume, restore the best weights (a minute)
 	@$(BIN)/python notebooks/demo.py
 
+# Tests start hundreds of processes: where bytecode is not to be written, each of them would compile the package again.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## run every test and the examples in the docstrings
 	@command -v strace >/dev/null || bash .ci/install-strace
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
@@ -34,6 +37,11 @@ test: $(STAMP) ## run every test and the examples in the docstrings
 browser: $(STAMP) ## open notebooks in JupyterLab, Notebook 7 and Voila with a real browser (minutes)
 	@command -v chromium >/dev/null || bash .ci/install-chromium
 	$(BIN)/python -m pytest -m slow tests/browser
+
+torture: $(STAMP) ## attack every promise, and write down what was tried (hours; TORTURE_ARGS="-k crash" for a part)
+	@command -v strace >/dev/null || bash .ci/install-strace
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
+	VENV=$(VENV) bash .ci/torture $(TORTURE_ARGS)
 
 check: $(STAMP) ## lint, format, types, and the floors of the architecture
 	$(BIN)/ruff check .

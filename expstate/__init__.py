@@ -23,6 +23,8 @@ from expstate.engine.collect import GcReport, gc
 from expstate.engine.export import ExportReport
 from expstate.engine.report import RestoreReport, VerifyReport
 from expstate.errors import ExpstateError, ExpstateWarning
+from expstate.integrations.autosave import autosave
+from expstate.integrations.saver import Autosave
 from expstate.pending import PendingSnapshot
 from expstate.progress import ProgressUpdate
 from expstate.snapshot import Snapshot, SnapshotMetadata
@@ -30,6 +32,7 @@ from expstate.state.stateful import RNGState, StateDict, Stateful
 from expstate.storage.options import configure
 
 __all__ = [
+    "Autosave",
     "Catalog",
     "ExportReport",
     "ExpstateError",
@@ -46,6 +49,7 @@ __all__ = [
     "Stateful",
     "VerifyReport",
     "__version__",
+    "autosave",
     "browse",
     "configure",
     "errors",

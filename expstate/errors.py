@@ -55,7 +55,7 @@ class UnsupportedSchemeError(ExpstateError, ValueError):
 
 
 class MemoryBudgetError(ExpstateError, MemoryError):
-    """The memory budget is smaller than one staging buffer can be. Give at least 2 MiB."""
+    """The memory budget is smaller than one buffer can be: give at least 2 MiB. Or the system has no memory left for one: free some."""
 
 
 # Finding and reading snapshots
@@ -198,6 +198,10 @@ class TakeCancelledError(ExpstateError, CancelledError):
     """The take was cancelled before it was committed. Nothing of it remains."""
 
 
+class TakeSkippedError(ExpstateError, RuntimeError):
+    """Nothing was taken, because an earlier take of the same keys had not ended and ``on_busy="skip"`` was given."""
+
+
 class RankFailedError(ExpstateError, RuntimeError):
     """Another rank failed or is gone, and with it what all were doing together: nothing was committed.
 
@@ -217,7 +221,7 @@ class RankTimeoutError(RankFailedError, TimeoutError):
 
 
 class TakePendingError(ExpstateError, TimeoutError):
-    """``wait(timeout=...)`` ran out; the take goes on."""
+    """A take was not done in time, and goes on: ``wait(timeout=...)`` ran out, or one that another has to wait for stands still."""
 
 
 # The catalog
@@ -282,7 +286,7 @@ class AmbiguousRefError(ExpstateError, LookupError):
 
 
 class SnapshotChangedError(ExpstateError, RuntimeError):
-    """What lies at the place of a record is not the snapshot that was recorded. Run ``expstate scan`` on the folder."""
+    """Another snapshot lies there than was recorded, or than ``expect_digest`` names. ``expstate scan`` records what is there."""
 
 
 class SnapshotPinnedError(ExpstateError, PermissionError):

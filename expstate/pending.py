@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from expstate.catalog import running
 from expstate.engine.crew import StoppedError
 from expstate.engine.report import bytes_text
-from expstate.errors import TakeCancelledError, TakeFailedWarning, TakePendingError
+from expstate.errors import TakeCancelledError, TakeFailedWarning, TakePendingError, TakeSkippedError
 from expstate.progress import in_notebook
 from expstate.state import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
 
+    from expstate.engine.busy import Turn
     from expstate.engine.take import Take
     from expstate.format.manifest import Manifest
     from expstate.snapshot import Snapshot
@@ -39,6 +40,15 @@ class PendingSnapshot:
 
     The state is the one of the moment when ``async_take`` returned, whatever the training does next.
 
+    Attributes
+    ----------
+    path : str
+        Where the snapshot will be, without secrets.
+    id : str
+        Of the snapshot to be; empty if the take was skipped.
+    skipped : bool
+        Whether nothing is taken, because an earlier take had not ended and ``on_busy="skip"`` was given.
+
     Examples
     --------
     >>> import tempfile
@@ -50,8 +60,11 @@ class PendingSnapshot:
     >>> folder.cleanup()
     """
 
-    def __init__(self, path: str, take: Take, opened: Callable[[tuple[Manifest, bytes] | None], Snapshot]) -> None:
+    skipped = False
+
+    def __init__(self, path: str, take: Take, turn: Turn, opened: Callable[[tuple[Manifest, bytes] | None], Snapshot]) -> None:
         self._take = take
+        self._turn = turn
         self._opened = opened
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -66,6 +79,7 @@ class PendingSnapshot:
 
     def _begin(self) -> None:
         """Start the thread, while threads can still be started: the interpreter may be ending when the work is done."""
+        self._turn.goes_on()
         self._thread.start()
 
     def _give_up(self, error: BaseException) -> None:
@@ -85,6 +99,7 @@ class PendingSnapshot:
             self._fail(error)
         finally:
             running.leave(self.id)
+            self._turn.end(self._error)
             with self._lock:
                 self._done.set()
                 callbacks, self._callbacks = self._callbacks, []
@@ -133,6 +148,8 @@ class PendingSnapshot:
             If it is not done in time; the take goes on.
         TakeCancelledError
             If it was cancelled.
+        TakeSkippedError
+            If it was skipped.
         ExpstateError
             What went wrong with it.
         """
@@ -236,6 +253,34 @@ class PendingSnapshot:
 
     def _as_data(self) -> dict[str, str]:
         return {"text/plain": str(self)}
+
+
+class SkippedTake(PendingSnapshot):
+    """A take that there is none of: what ``async_take`` returns when it has skipped it. Nothing was written."""
+
+    skipped = True
+    total_bytes = 0  # of nothing
+    done_bytes = 0
+
+    def __init__(self, path: str, keys: Iterable[str]) -> None:
+        self._keys = ", ".join(map(paths.printable, keys))
+        self._done = threading.Event()
+        self._done.set()
+        self._lock = threading.Lock()
+        self._callbacks = []
+        self._snapshot = None
+        self._error = TakeSkippedError(f"nothing was taken to {path!r}: an earlier take of {self._keys} had not ended")
+        self.path = path
+        self.id = ""
+
+    def cancel(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"PendingSnapshot({self.path!r}, skipped)"
+
+    def __str__(self) -> str:
+        return f"skipped the take of {self._keys}: an earlier one had not ended"
 
 
 def _warn_at_exit() -> None:

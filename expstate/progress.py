@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +56,15 @@ class Progress:
     def __init__(self, operation: str, total_bytes: int, option: ProgressOption) -> None:
         self._operation = operation
         self._lock = threading.Lock()
-        self._bar: Any = None
         self._report = option if callable(option) else None
         self.total_bytes = total_bytes
         self.done_bytes = 0
+        self._began = time.monotonic()
+        self._bar: Any = None
+        self._bar_after_seconds = math.inf
         if self._report is None and _is_wanted(option):
-            self._bar = _bar(operation, total_bytes)
+            self._bar_after_seconds = settings.current().progress_delay_seconds
+            self._show()
 
     def add(self, nbytes: int) -> None:
         """Count bytes that have been moved."""
@@ -67,14 +72,28 @@ class Progress:
             self.done_bytes += nbytes
             if self._bar is not None:
                 self._bar.update(nbytes)
+            self._show()
             if self._report is not None:
                 self._report(ProgressUpdate(self._operation, self.done_bytes, self.total_bytes))
 
     def close(self) -> None:
-        """Take the bar away, or leave it at its end."""
+        """Take the bar away."""
+        with self._lock:
+            self._bar_after_seconds = math.inf
+            bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
+
+    def _show(self) -> None:
+        """Begin the bar when it is time. Not before: an interrupt that comes while a bar is thrown away is lost, as in any ``__del__``."""
+        seconds = time.monotonic() - self._began
+        if seconds < self._bar_after_seconds:
+            return
+        self._bar_after_seconds = math.inf
+        self._bar = _bar(self._operation, self.total_bytes)
         if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            self._bar.start_t -= seconds
+            self._bar.update(self.done_bytes)
 
 
 def check_option(option: object) -> None:
@@ -123,7 +142,6 @@ def _bar(operation: str, total_bytes: int) -> Any:
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        delay=settings.current().progress_delay_seconds,
         leave=False,
         dynamic_ncols="COLUMNS" not in os.environ,
     )

@@ -48,6 +48,9 @@ class Settings:
         Go past the page cache where the file system can.
     staging_idle_seconds : float, default 60
         How long idle staging memory is kept warm for the next take.
+    device_staging_bytes : int or None, default None
+        Memory of an accelerator that an async take may copy state to, so as to move it to the host later; unset means what is free but for
+        a reserve of 1 GiB or a tenth of the device, ``0`` none.
     progress : bool or None, default None
         ``1`` and ``0`` turn progress on and off; unset means on at a terminal or in a notebook.
     progress_delay_seconds : float, default 2
@@ -88,6 +91,7 @@ class Settings:
     transport: str = ""
     direct_io: bool = True
     staging_idle_seconds: float = 60.0
+    device_staging_bytes: int | None = None
     progress: bool | None = None
     progress_delay_seconds: float = 2.0
     catalog: str = dataclasses.field(default="", repr=False)  # a URL may hold a password
@@ -133,7 +137,7 @@ def _parse(variable: str, text: str, annotation: str) -> Any:
     if annotation == "str":
         return text
     try:
-        if annotation == "int":
+        if annotation.startswith("int"):
             return int(text)
         if annotation == "float":
             return float(text)

@@ -5,11 +5,14 @@ Arguments are checked here, before anything is touched; the work is done by ``en
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
 import html
 import os
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from expstate import collector
 from expstate.catalog import opening
@@ -17,12 +20,12 @@ from expstate.catalog.model import value_of
 from expstate.catalog.origin import CatalogOption, Origin, record_copy
 from expstate.catalog.recorder import recorder
 from expstate.diff.run import DiffOptions, diff_live, diff_snapshots
-from expstate.engine import ancestry, attempt, copy, describe, export, fetch, memory, ranks, restore, verify
+from expstate.engine import ancestry, attempt, busy, copy, describe, export, fetch, memory, ranks, restore, space, verify
 from expstate.engine.devices import check_device
 from expstate.engine.match import check_rename
 from expstate.engine.part import warn_of_trust
 from expstate.engine.plan import RestoreOptions
-from expstate.engine.report import RestoreReport, VerifyReport, bytes_text
+from expstate.engine.report import RestoreReport, VerifyReport, size_text
 from expstate.engine.request import globs, make_request
 from expstate.engine.source import SnapshotSource, find_key
 from expstate.engine.take import Take, check_app_state, take_now
@@ -30,20 +33,26 @@ from expstate.errors import EntryNotFoundError, ExpstateError, InvalidArgumentEr
 from expstate.format import manifest as manifests
 from expstate.format.manifest import AliasEntry, Entry, Manifest, TensorEntry
 from expstate.format.validate import validate
-from expstate.pending import PendingSnapshot
+from expstate.pending import PendingSnapshot, SkippedTake
 from expstate.progress import ProgressOption, check_option
 from expstate.state import paths
 from expstate.storage import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import torch
 
     from expstate.diff.report import SnapshotDiff
     from expstate.engine.export import ExportReport
+    from expstate.engine.take import TakeRequest
     from expstate.state.stateful import Stateful
     from expstate.storage.base import Storage
+
+
+BaseOption: TypeAlias = "Snapshot | PendingSnapshot | str | os.PathLike[str] | None"
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +107,17 @@ class Snapshot:
         The snapshot's folder: a path, ``fs://...`` or ``file://...``.
     storage_options : dict, optional
         What the storage needs to connect; the local disk takes none.
+    expect_digest : str, optional
+        Read no other snapshot than the one with this digest, ``metadata.digest`` where it was taken: 64 hexadecimal digits. Whatever is
+        read raises ``SnapshotChangedError`` if the manifest has another. The manifest holds the digests of all the rest, so that nobody
+        who can write the folder can put other values there, unless they are read with ``verify=False``.
 
     Raises
     ------
     UnsupportedSchemeError
         If no storage is known for the path's scheme.
+    InvalidArgumentError
+        If ``expect_digest`` is no digest.
 
     Examples
     --------
@@ -115,10 +130,24 @@ class Snapshot:
     torch.Size([1])
     >>> snapshot.restore({"model": torch.nn.Linear(2, 1)}).restored
     ('model/weight', 'model/bias')
+    >>> pinned = Snapshot(snapshot.path, expect_digest=snapshot.metadata.digest)
+    >>> pinned.verify().ok
+    True
+    >>> Snapshot(snapshot.path, expect_digest="0" * 64).verify()
+    Traceback (most recent call last):
+        ...
+    expstate.errors.SnapshotChangedError: ...another snapshot is there than the one expected...
     >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        expect_digest: str | None = None,
+    ) -> None:
+        self._expect_digest = _checked_digest(expect_digest)
         self._storage = registry.open_storage(path, storage_options)
         self._loaded: tuple[SnapshotSource, bytes] | None = None
 
@@ -146,6 +175,9 @@ class Snapshot:
         progress: ProgressOption = None,
         catalog: CatalogOption = None,
         force: bool = False,
+        base: BaseOption = None,
+        dedup: bool | None = None,
+        trust_fingerprint: bool = True,
     ) -> Snapshot:
         """Take a snapshot and wait until it is durable.
 
@@ -190,6 +222,17 @@ class Snapshot:
             user's own. A catalog that fails never fails a take.
         force : bool, default False
             With ``overwrite``: also a snapshot that is pinned or has an alias.
+        base : Snapshot, PendingSnapshot, str or os.PathLike, optional
+            An earlier snapshot, or a ref to one: what has not changed since, under whatever name, is not written again. Its file is linked
+            into the folder ``base`` where the storage can, so that each snapshot stands alone: the base may be deleted. ``"auto"`` goes on
+            from the last snapshots of the same keys that this process took or restored, and is a full take if there are none. What it
+            says that it holds is believed, and not read: ``verify`` one that may be damaged, or that strangers may have written.
+        dedup : bool, optional
+            Store equal tensors once. Default with ``base`` alone: a full snapshot is a plain safetensors file with all names in it.
+        trust_fingerprint : bool, default True
+            Believe that a tensor on an accelerator is unchanged if its fingerprint is that of the base: a keyed hash of 128 bits, computed
+            where the tensor lies. False compares digests instead, for which the tensor is copied to the host; say so of a base that
+            strangers may have written.
 
         Returns
         -------
@@ -238,10 +281,13 @@ class Snapshot:
                 progress,
                 force,
                 origin.provenance,
+                _is_given(base) if dedup is None else dedup,
+                trust_fingerprint,
             )
             if joined.is_first:
                 origin.gather()
-            take, committed = take_now(request)
+            bases = _bases(base, request, joined, catalog, storage_options)
+            take, committed = take_now(dataclasses.replace(request, bases=bases))
         snapshot = cls._committed(request.storage, origin, committed)
         warn_of_trust(take.needing_trust)
         return snapshot
@@ -268,6 +314,11 @@ class Snapshot:
         progress: ProgressOption = None,
         catalog: CatalogOption = None,
         force: bool = False,
+        base: BaseOption = None,
+        dedup: bool | None = None,
+        trust_fingerprint: bool = True,
+        device_staging_bytes: int | None = None,
+        on_busy: str = "wait",
     ) -> PendingSnapshot:
         """Take a snapshot in the background; returns when the state is captured, so that the training may go on.
 
@@ -275,11 +326,27 @@ class Snapshot:
         budget; what does not fit is written before the return. Parameters, errors and warnings are those of ``take``; errors of
         the part in the background are raised by ``wait()``.
 
+        Parameters
+        ----------
+        device_staging_bytes : int, optional
+            Most memory of each accelerator for a copy of what lies there, which is moved to the host while the training goes on; default by
+            the setting, 0 for none: then the state is moved to the host before the return.
+        on_busy : {"wait", "skip", "replace"}, default "wait"
+            What to do if an async take of this process with one of the same keys has not ended: wait for it first, however it ends, so
+            that no more memory is needed than for one; take nothing; or cancel it, so that nothing of it remains unless it is
+            committed by then. On several ranks the first decides. What happened stands in the provenance under ``busy``.
+
         Returns
         -------
         PendingSnapshot
-            To wait for.
+            To wait for; ``skipped`` if nothing is taken, and ``wait()`` then raises ``TakeSkippedError``.
+
+        Raises
+        ------
+        TakePendingError
+            If an earlier take has to end first and has written nothing for ``timeout`` seconds.
         """
+        busy.check_policy(on_busy)
         with ranks.join(pg, timeout).failing() as joined:
             origin = Origin(catalog if joined.is_first else False, replicated, note, params)
             request = make_request(
@@ -300,22 +367,32 @@ class Snapshot:
                 progress,
                 force,
                 origin.provenance,
+                _is_given(base) if dedup is None else dedup,
+                trust_fingerprint,
+                device_staging_bytes,
             )
-            if joined.is_first:
-                origin.gather()
-            take = Take(request)
-            storage, metadata = request.storage, request.metadata
-            del request  # which keeps the state alive
-            pending = PendingSnapshot(storage.url, take, lambda committed: cls._committed(storage, origin, committed))
-            try:
-                take.gather()
-                take.stage()
-                warn_of_trust(take.needing_trust)
-                origin.goes_on(pending, metadata)
-                pending._begin()  # noqa: SLF001 - not for users: it is begun when they get it
-            except BaseException as error:
-                pending._give_up(error)  # noqa: SLF001
-                raise
+            with busy.turn(request.app_state, on_busy, joined, timeout) as turn:
+                if turn is None:
+                    joined.close()
+                    return SkippedTake(request.storage.url, request.app_state)
+                if joined.is_first:
+                    origin.gather()
+                origin.note_busy(turn.facts)
+                bases = _bases(base, request, joined, catalog, storage_options)
+                take = Take(dataclasses.replace(request, bases=bases))
+                turn.begins(take)
+                storage, metadata = request.storage, request.metadata
+                del request, bases  # which keeps the state alive
+                pending = PendingSnapshot(storage.url, take, turn, lambda committed: cls._committed(storage, origin, committed))
+                try:
+                    take.gather()
+                    take.stage()
+                    warn_of_trust(take.needing_trust)
+                    origin.goes_on(pending, metadata)
+                    pending._begin()  # noqa: SLF001 - not for users: it is begun when they get it
+                except BaseException as error:
+                    pending._give_up(error)  # noqa: SLF001
+                    raise
         return pending
 
     @classmethod
@@ -326,6 +403,7 @@ class Snapshot:
         catalog: CatalogOption = None,
         project: str | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        expect_digest: str | None = None,
     ) -> Snapshot:
         """Open the snapshot that a ref names, from the first of the places that the catalog knows where it lies.
 
@@ -343,6 +421,8 @@ class Snapshot:
             Another project than the current one; ``"*"`` for all.
         storage_options : dict, optional
             What the storage of a remote place needs to connect.
+        expect_digest : str, optional
+            Open no other snapshot than the one with this digest of the manifest, whatever the catalog says; as for ``Snapshot``.
 
         Returns
         -------
@@ -356,11 +436,13 @@ class Snapshot:
         AmbiguousRefError
             If it is the beginning of several ids.
         SnapshotChangedError
-            If something else lies where it was recorded.
+            If something else lies where it was recorded, or its digest is not the expected one.
         SnapshotNotFoundError
             If it lies at none of its places; one on the disk of another host names the host.
         UntrustedLocationError
             If its record has a URL of a scheme that is not to be trusted.
+        InvalidArgumentError
+            If ``expect_digest`` is no digest.
         CatalogError
             If the catalog cannot be read, and the ref is no path of a snapshot.
 
@@ -378,20 +460,28 @@ class Snapshot:
         >>> catalog.close()
         >>> folder.cleanup()
         """
+        digest = _checked_digest(expect_digest)
         found = opening.find(ref, catalog, project, storage_options)
         if isinstance(found, opening.Opened):
-            return cls._opened(found.storage, found.manifest, found.data)
-        assert isinstance(found, PendingSnapshot)
-        return found.wait()
+            snapshot = cls._opened(found.storage, found.manifest, found.data)
+        else:
+            assert isinstance(found, PendingSnapshot)
+            snapshot = found.wait()
+        if digest is None:
+            return snapshot
+        pinned = cls._at(snapshot._storage, None, digest)  # noqa: SLF001 - this class's own
+        pinned._load()  # noqa: SLF001
+        return pinned
 
     @classmethod
     def _opened(cls, storage: Storage, manifest: Manifest, data: bytes) -> Snapshot:
         return cls._at(storage, (SnapshotSource(storage, manifest, data, _own_rank(manifest)), data))
 
     @classmethod
-    def _at(cls, storage: Storage, loaded: tuple[SnapshotSource, bytes] | None) -> Snapshot:
+    def _at(cls, storage: Storage, loaded: tuple[SnapshotSource, bytes] | None, expect_digest: str | None = None) -> Snapshot:
         snapshot = cls.__new__(cls)
-        snapshot._storage = storage  # noqa: SLF001 - this class's own
+        snapshot._expect_digest = expect_digest  # noqa: SLF001 - this class's own
+        snapshot._storage = storage  # noqa: SLF001
         snapshot._loaded = loaded  # noqa: SLF001
         return snapshot
 
@@ -412,7 +502,7 @@ class Snapshot:
 
     def _load(self) -> tuple[SnapshotSource, bytes]:
         if self._loaded is None:
-            self._loaded = _read_source(self._storage)
+            self._loaded = _read_source(self._storage, self._expect_digest)
         return self._loaded
 
     @property
@@ -439,6 +529,8 @@ class Snapshot:
             If no committed snapshot is at the path.
         SnapshotCorruptError
             If the manifest is damaged.
+        SnapshotChangedError
+            If it is not the expected one.
         """
         return self._source.manifest
 
@@ -456,6 +548,20 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of all tensors, arrays and objects in it."""
         return sum(entry.nbytes for entry in self.manifest.entries)
+
+    @property
+    def nbytes_written(self) -> int:
+        """Bytes of the data files that its take wrote, with their headers; files of earlier snapshots that it shares do not count."""
+        return self.manifest.nbytes_written
+
+    @property
+    def nbytes_unique(self) -> int | None:
+        """Bytes of its files that no other snapshot has: what deleting it sets free. None if it cannot be read any more.
+
+        It is looked up on storage each time, since it grows when snapshots that share files with it are deleted. On object stores
+        nothing is shared. Blocks that a file system shares between files of their own count for each.
+        """
+        return space.nbytes_unique(self._storage, self.id)
 
     @property
     def metadata(self) -> SnapshotMetadata:
@@ -704,7 +810,7 @@ class Snapshot:
             source, app_state, options, budget=budget, progress=progress, verify=verify, atomic=atomic, dry_run=dry_run
         )
         if not dry_run:
-            ancestry.note(report.keys, self.id)
+            ancestry.note(report.keys, self.id, storage=self._storage)
         return report
 
     # Comparing
@@ -787,7 +893,7 @@ class Snapshot:
         """
         check_option(progress)
         # From the storage, and not what was read before: that is what is in question.
-        source, _ = _read_source(self._storage)
+        source, _ = _read_source(self._storage, self._expect_digest)
         return verify.verify(source, budget=memory.budget_bytes(memory_budget_bytes), progress=progress)
 
     def delete(self, *, force: bool = False) -> None:
@@ -804,8 +910,11 @@ class Snapshot:
             If there is none.
         SnapshotPinnedError
             If it is pinned or has an alias.
+        SnapshotChangedError, SnapshotReplacedError
+            If it is not the expected one; nothing was removed.
         """
-        attempt.delete(self._storage, force=force)
+        expected = None if self._expect_digest is None else (self.id, self._expect_digest)
+        attempt.delete(self._storage, force=force, expected=expected)
         self._loaded = None
 
     def copy(
@@ -936,21 +1045,67 @@ class Snapshot:
         name = f"{manifest.metadata.name!r}, " if manifest.metadata.name else ""
         step = f", step {manifest.metadata.step}" if manifest.metadata.step is not None else ""
         keys = ", ".join(map(paths.printable, self.keys()))
-        return f"Snapshot({self.path!r}, {name}id={manifest.id[:8]}{step}, {keys}, {bytes_text(self.nbytes)})"
+        return f"Snapshot({self.path!r}, {name}id={manifest.id[:8]}{step}, {keys}, {size_text(self.nbytes, self.nbytes_written)})"
 
     def _repr_html_(self) -> str:
         try:
             manifest = self.manifest
         except (ExpstateError, OSError) as error:
             return f"<b>{html.escape(self.path)}</b><br>{html.escape(str(error))}"
-        return describe.as_html(self.path, manifest, self.nbytes)
+        return describe.as_html(self.path, manifest, self.nbytes, self.nbytes_written)
 
 
-def _read_source(storage: Storage) -> tuple[SnapshotSource, bytes]:
+def _checked_digest(expect_digest: object) -> str | None:
+    if expect_digest is None:
+        return None
+    digest = expect_digest.lower() if isinstance(expect_digest, str) else ""
+    if not _DIGEST.fullmatch(digest):
+        msg = f"expect_digest must be the 64 hexadecimal digits of a manifest's digest (metadata.digest), got {expect_digest!r:.90}"
+        raise InvalidArgumentError(msg)
+    return digest
+
+
+def _read_source(storage: Storage, expect_digest: str | None = None) -> tuple[SnapshotSource, bytes]:
     with collector.paused():
-        manifest, data = attempt.read_manifest(storage)
+        manifest, data = attempt.read_manifest(storage, expect_digest)
         validate(manifest)
         return SnapshotSource(storage, manifest, data, _own_rank(manifest)), data
+
+
+def _is_given(base: object) -> bool:
+    if base is not None and not isinstance(base, (Snapshot, PendingSnapshot, str, os.PathLike)):
+        msg = f"base must be a snapshot, a ref to one, or 'auto', got {type(base).__name__}"
+        raise InvalidArgumentError(msg)
+    return base is not None
+
+
+def _bases(
+    base: BaseOption, request: TakeRequest, joined: ranks.Ranks, catalog: CatalogOption, storage_options: Mapping[str, Any] | None
+) -> tuple[SnapshotSource, ...]:
+    """The snapshots that a take goes on from."""
+    if base is None:
+        return ()
+    if base == "auto":
+        return tuple(_still_there(request.app_state, request.storage))
+    if isinstance(base, PendingSnapshot):
+        base = base.wait()
+    if not isinstance(base, Snapshot):
+        # The catalog is the first rank's.
+        found = Snapshot.find(base, catalog=catalog, storage_options=storage_options) if joined.is_first else None
+        path = joined.spread("base", None if found is None else os.fsencode(found.path))
+        base = found or Snapshot(os.fsdecode(path), storage_options)
+    return (base._source,)  # noqa: SLF001 - the class of this module
+
+
+def _still_there(keys: Iterable[str], target: Storage) -> Iterator[SnapshotSource]:
+    """The last snapshots of these keys that this process took or restored, which are still there and whose files can be shared."""
+    for snapshot_id, storage in ancestry.places_of(keys):
+        if not target.may_link(storage):
+            continue
+        with contextlib.suppress(ExpstateError):
+            source, _ = _read_source(storage)
+            if source.manifest.id == snapshot_id:
+                yield source
 
 
 def _own_rank(manifest: Manifest, pg: Any = None) -> int:

@@ -6,8 +6,13 @@ import os
 import random
 import sys
 
+# Tests compare trainings bit by bit, also those of other processes: MKL is to round alike wherever its operands are. It reads this early.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
 import pytest
 import torch
+
+from tests.campaign import campaign, pytest_runtest_makereport  # noqa: F401 - what pytest finds here, every test has
 
 try:
     import hypothesis
@@ -23,7 +28,7 @@ else:
 # it does those of the tests.
 pytest.register_assert_rewrite("expstate.testing", "tests.engine.crashes", "tests.engine.processes")
 
-for _name in [name for name in os.environ if name.startswith("EXPSTATE_")]:
+for _name in [name for name in os.environ if name.startswith("EXPSTATE_") and not name.startswith("EXPSTATE_TORTURE")]:
     del os.environ[_name]
 # The user's own catalog is nobody's business here; tests of catalogs name theirs.
 os.environ["EXPSTATE_CATALOG"] = "off"

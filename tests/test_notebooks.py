@@ -21,7 +21,7 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
 
 
 def test_there_are_lessons() -> None:
-    assert ["01", "02", "03", "04", "05", "06"] == [lesson.name[:2] for lesson in LESSONS]
+    assert ["01", "02", "03", "04", "05", "06", "07"] == [lesson.name[:2] for lesson in LESSONS]
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from expstate.errors import SnapshotExistsError
 from expstate.storage.registry import open_storage
 from expstate.testing import FaultyStorage
 
+from .campaign import IS_LONG, Campaign
 from .engine.processes import in_child
 
 MIB = 2**20
@@ -35,6 +38,28 @@ def _cold() -> Iterator[None]:
     memory.free_idle()
     yield
     memory.free_idle()
+
+
+@pytest.fixture
+def _counted(campaign: Campaign, turn: int) -> Iterator[None]:
+    """One turn is a point of the campaign."""
+    yield
+    campaign.tried()
+
+
+def attacked_by(means: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Marks a test as one of the campaign, which is tried many times in the long form."""
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        turns = pytest.mark.parametrize("turn", range(25 if IS_LONG else 1))
+        return pytest.mark.campaign("All or nothing", means)(pytest.mark.usefixtures("_counted")(turns(test)))
+
+    return mark
+
+
+AT_ONCE = attacked_by("takes and restores of eight threads at once")
+IN_LOOPS = attacked_by("takes and restores in event loops, of asyncio and of uvloop, that run already")
+FORKED = attacked_by("forks while a take goes on in the background")
 
 
 @pytest.fixture
@@ -83,6 +108,7 @@ def numbers_in(state: Any) -> set[float]:
 # Threads
 
 
+@AT_ONCE
 def test_one_snapshot_is_read_by_many_threads(tmp_path: Path) -> None:
     """The same object, not opened before: entries, whole keys, restores in place, metadata and verification all at once."""
     Snapshot.take(tmp_path, {"state": state_of(3), "other": state_of(4)}, name="shared")
@@ -103,6 +129,7 @@ def test_one_snapshot_is_read_by_many_threads(tmp_path: Path) -> None:
     assert [{3.0}] * THREADS == at_once(use)
 
 
+@AT_ONCE
 @pytest.mark.parametrize("method", ["take", "async_take"])
 def test_many_threads_take_at_once(tmp_path: Path, method: str) -> None:
     """To paths of their own, with the generators of random numbers, which none of them changes."""
@@ -121,6 +148,7 @@ def test_many_threads_take_at_once(tmp_path: Path, method: str) -> None:
     assert all(Snapshot(tmp_path / str(number)).verify().ok for number in range(THREADS))
 
 
+@AT_ONCE
 def test_takes_and_restores_at_once(tmp_path: Path) -> None:
     """Half of the threads read what others have taken before, while the other half take: buffers go from one to another."""
     for number in range(THREADS):
@@ -142,6 +170,7 @@ def test_takes_and_restores_at_once(tmp_path: Path) -> None:
     assert [[{float(number)}] * 4 for number in range(THREADS)] == at_once(use)
 
 
+@AT_ONCE
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_one_path_has_one_winner(tmp_path: Path, overwrite: bool) -> None:
     """Of many threads that take to one path one wins; the others are told, and leave nothing behind."""
@@ -191,9 +220,87 @@ def test_collections_are_held_back_by_many_threads_and_go_on() -> None:
     assert gc.isenabled()
 
 
+HAS_UVLOOP = importlib.util.find_spec("uvloop") is not None
+LOOPS = ["asyncio", pytest.param("uvloop", marks=pytest.mark.skipif(not HAS_UVLOOP, reason="needs uvloop"))]
+
+
+def run_in(loop: str, main: Any) -> Any:
+    """Run a coroutine in a new loop of this kind."""
+    if loop == "asyncio":
+        return asyncio.run(main)
+    import uvloop
+
+    other = uvloop.new_event_loop()
+    try:
+        return other.run_until_complete(main)
+    finally:
+        other.close()
+
+
+@IN_LOOPS
+@pytest.mark.parametrize("loop", LOOPS)
+def test_takes_are_awaited_in_many_loops_at_once(tmp_path: Path, loop: str) -> None:
+    """Each thread has a loop of its own, in which takes are begun, awaited and read, several at a time."""
+
+    async def main(number: int) -> list[set[float]]:
+        async def one(turn: int) -> set[float]:
+            state = state_of(10 * number + turn, MIB // 8)
+            taken = Snapshot.async_take(tmp_path / f"{number}-{turn}", {"state": state})
+            state["large"].fill_(-1)
+            await asyncio.sleep(0)
+            return numbers_in((await taken).get_state_dict_for_key("state"))
+
+        return list(await asyncio.gather(*(one(turn) for turn in range(3))))
+
+    assert [[{10.0 * number + turn} for turn in range(3)] for number in range(THREADS)] == at_once(
+        lambda number: run_in(loop, main(number))
+    )
+
+
+@IN_LOOPS
+@pytest.mark.parametrize("loop", LOOPS)
+def test_takes_and_restores_inside_of_a_running_loop(tmp_path: Path, loop: str) -> None:
+    """As in a cell of a notebook, whose loop is running already."""
+
+    async def main() -> set[float]:
+        Snapshot.take(tmp_path / "first", {"state": state_of(1)})
+        second = await Snapshot.async_take(tmp_path / "second", {"state": state_of(2)}, base=tmp_path / "first")
+        live = state_of(-1)
+        second.copy(tmp_path / "copy").restore({"state": live})
+        second.delete()
+        return numbers_in(live)
+
+    assert {2.0} == run_in(loop, main())
+
+
+class Doubled(torch.utils.data.Dataset[torch.Tensor]):
+    """What its workers give tells that they have run."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(2 * index)
+
+
 # Forks
 
 
+@FORKED
+def test_workers_of_a_loader_are_forked_while_a_take_goes_on(gated: tuple[str, threading.Event, threading.Event]) -> None:
+    """They end as ever, and the take is whole."""
+    url, reached, opened = gated
+    taken = Snapshot.async_take(url, {"state": state_of(5)})
+    assert reached.wait(60)
+    loader = torch.utils.data.DataLoader(Doubled(), 4, num_workers=2)
+    found = [sorted(int(each) for batch in loader for each in batch) for _ in range(2)]
+    opened.set()
+
+    assert [[2 * number for number in range(16)]] * 2 == found
+    assert {5.0} == numbers_in(taken.wait().get_state_dict_for_key("state"))
+
+
+@FORKED
 def test_a_forked_child_takes_with_memory_of_its_own(tmp_path: Path) -> None:
     """Where the parent's staging memory is warm: the child begins with none, and both go on."""
     parent = state_of(1)
@@ -231,6 +338,7 @@ def test_staging_memory_is_not_shared_with_children() -> None:
     assert {1} == set(buffer.view)
 
 
+@FORKED
 def test_a_fork_while_a_take_goes_on(tmp_path: Path, gated: tuple[str, threading.Event, threading.Event]) -> None:
     """The child has none of the threads: it takes and restores by itself, and the parent's take is whole."""
     url, reached, opened = gated
@@ -303,6 +411,7 @@ else:
 """
 
 
+@FORKED
 def test_a_forked_child_exits(tmp_path: Path) -> None:
     """By the end of its program, while its parent's take goes on; what it has begun itself is finished before."""
     done = subprocess.run(

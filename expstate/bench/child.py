@@ -8,26 +8,16 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
 from expstate.bench import limits, measure, state, systems
-from expstate.bench.measure import Meter
-from expstate.bench.outcomes import differences, expected_digests, measured
-from expstate.bench.plan import LIMIT, RANKS, SNAPSHOT, Outcome, Task, operation_names
+from expstate.bench.outcomes import differences, expected_digests, measured, meter_for
+from expstate.bench.plan import INCREMENTAL, LIMIT, RANKS, SNAPSHOT, Outcome, Task, operation_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def _meter(task: Task, *, maps_files: bool = False) -> Meter:
-    device = task.workload.device
-    if device == "cpu":
-        return Meter(maps_files=maps_files)
-    module: Any = torch.get_device_module(device)
-    return Meter(maps_files=maps_files, synchronize=module.synchronize)
 
 
 def _describe(task: Task) -> Outcome:
@@ -56,7 +46,7 @@ def _limit(task: Task) -> Outcome:
         measure.warm(kept)
     elif task.component.startswith("read"):
         left = measure.evict(kept)
-    meter = _meter(task)
+    meter = meter_for(task)
     limits.COMPONENTS[task.component](job, meter)
     return measured(meter, state.PROBE_BYTES if task.component == "read_one" else job.total_bytes, cached_bytes=left)
 
@@ -64,7 +54,7 @@ def _limit(task: Task) -> Outcome:
 def _take(task: Task) -> Outcome:
     live = state.random_state(task.workload)
     system = systems.CLASSES[task.system](task)
-    meter = _meter(task)
+    meter = meter_for(task)
     with meter:
         system.take(Path(task.folder), live)
     return measured(meter, live.nbytes)
@@ -79,7 +69,7 @@ def _restore(task: Task) -> Outcome:
         measure.warm(kept)
     else:
         left = measure.evict(kept)
-    meter = _meter(task, maps_files=system.maps_files)
+    meter = meter_for(task, maps_files=system.maps_files)
     with meter:
         system.restore(kept, live, verify=task.operation != "restore_warm_unverified")
     return measured(meter, live.nbytes, cached_bytes=left, error=differences(expected_digests(task), state.digests(live)))
@@ -91,7 +81,7 @@ def _read_one(task: Task) -> Outcome:
     system = systems.CLASSES[task.system](task)
     left = measure.evict(kept)
     read = system.probe_reader(kept)
-    meter = _meter(task, maps_files=system.maps_files)
+    meter = meter_for(task, maps_files=system.maps_files)
     with meter:
         read(probe)
     name = state.PROBE
@@ -108,7 +98,7 @@ def _async_stall(task: Task) -> Outcome:
     first.mkdir()
     second.mkdir()
     begin(first)()
-    meter = _meter(task)
+    meter = meter_for(task)
     with meter:
         wait = begin(second)
     # The snapshot must hold what was there when the call returned, whatever happens next.
@@ -126,18 +116,18 @@ def _small_tensors(task: Task) -> Outcome:
     live = state.random_small_state(task.workload)
     expected = state.digests(live)
     system = systems.CLASSES[task.system](task)
-    taking = _meter(task)
+    taking = meter_for(task)
     with taking:
         system.take(folder, live)
     state.overwrite(live)
     left = measure.evict(folder)
-    restoring = _meter(task, maps_files=system.maps_files)
+    restoring = meter_for(task, maps_files=system.maps_files)
     with restoring:
         system.restore(folder, live, verify=True)
     parts = {"take": taking.seconds, "restore": restoring.seconds}
     error = differences(expected, state.digests(live))
     if isinstance(system, systems.Expstate):
-        listing = _meter(task)
+        listing = meter_for(task)
         with listing:
             count = system.count_entries(folder)
         parts["entries"] = listing.seconds
@@ -183,6 +173,10 @@ def _step(task: Task) -> Callable[[Task], Outcome]:
         return _limit
     if task.operation in _STEPS:
         return _STEPS[task.operation]
+    if task.operation in operation_names(device=True, benchmark=INCREMENTAL):
+        from expstate.bench import incremental, training
+
+        return (incremental.STEPS | training.STEPS)[task.operation]
     from expstate.bench import catalog, notebook  # need the catalog's packages, which not every machine has
 
     return (catalog.STEPS | notebook.STEPS)[task.operation]

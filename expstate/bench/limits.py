@@ -21,7 +21,7 @@ from expstate.bench.plan import MIB, SNAPSHOT
 from expstate.state.tensors import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from expstate.bench.measure import Meter
@@ -211,16 +211,34 @@ def copy(job: Job, meter: Meter) -> None:
     """``copy_`` from host memory into warm host memory."""
     source = torch.empty(job.total_bytes, dtype=torch.uint8).fill_(1)
     target = torch.empty(job.total_bytes, dtype=torch.uint8).fill_(2)
-    pieces = _pieces(0, job.total_bytes)
+    copy_memory([(source, target)], job.workers, meter)
+
+
+def copy_memory(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], workers: int, meter: Meter) -> None:
+    """Copies of flat bytes in host memory from the first to the second of each pair, by so many threads."""
+    pieces = deque((source, target, *piece) for source, target in pairs for piece in _pieces(0, source.numel()))
     # The threads here are the parallelism; PyTorch's own would come on top.
     torch.set_num_threads(1)
 
     def work(_number: int) -> None:
-        for offset, length in take_from(pieces):
+        for source, target, offset, length in take_from(pieces):
             target[offset : offset + length].copy_(source[offset : offset + length])
 
     with meter:
-        in_threads(job.workers, work)
+        in_threads(workers, work)
+
+
+def digest_blocks(sources: Sequence[torch.Tensor], workers: int, meter: Meter) -> None:
+    """BLAKE3 of flat bytes in host memory, of each block of 1 MiB by itself, by so many threads."""
+    views = [memory(source.data_ptr(), source.numel()) for source in sources]
+    blocks = deque(view[start : start + MIB] for view in views for start in range(0, len(view), MIB))
+
+    def work(_number: int) -> None:
+        for block in take_from(blocks):
+            blake3(block).digest()
+
+    with meter:
+        in_threads(workers, work)
 
 
 def _on_streams(job: Job, meter: Meter, move: Callable[[torch.Tensor, torch.Tensor], object]) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import mmap
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ _RESET_PEAK = Path("/proc/self/clear_refs")
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _SAMPLE_SECONDS = 0.005
 _COLD_SHARE = 0.01
+_STAT_BLOCK_BYTES = 512
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -156,6 +158,23 @@ def _cached_pages(fd: int, size: int) -> int:
 def cached_bytes(folder: Path) -> int:
     """Bytes of the files below a folder that are in the page cache, in whole pages."""
     return sum(_cached_pages(fd, size) for fd, size in _files(folder)) * mmap.PAGESIZE
+
+
+def _inodes(folder: Path) -> dict[tuple[int, int], os.stat_result]:
+    """The files and folders below a folder, each once however many names it has."""
+    found = (path.lstat() for path in folder.rglob("*"))
+    return {(status.st_dev, status.st_ino): status for status in found}
+
+
+def bytes_of_files(folder: Path, *others: Path) -> int:
+    """Bytes of the files below a folder, but for those that are below one of the others too, under whatever name."""
+    elsewhere = {inode for other in others for inode in _inodes(other)}
+    return sum(status.st_size for inode, status in _inodes(folder).items() if stat.S_ISREG(status.st_mode) and inode not in elsewhere)
+
+
+def disk_usage(folder: Path) -> int:
+    """Bytes that the files and folders below a folder take up on the disk, as ``du`` counts them."""
+    return sum(status.st_blocks * _STAT_BLOCK_BYTES for status in _inodes(folder).values())
 
 
 def make_durable(folder: Path) -> None:

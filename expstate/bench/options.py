@@ -17,6 +17,7 @@ from expstate.bench.plan import (
     CATALOG,
     DISK,
     GIB,
+    INCREMENTAL,
     KIB,
     LIMIT,
     MIB,
@@ -40,9 +41,16 @@ DESCRIPTION = (
 )
 _SPARE_STATES = 3
 _FEWEST_TENSORS = 2
-_GIB = {DISK: 2.0, CATALOG: 2.0, NOTEBOOK: 1.0, OBJECTS: 1.0, RANKS: 2.0}
-_SMALL_TENSORS = {DISK: 100_000, CATALOG: 10_000, NOTEBOOK: 10_000, OBJECTS: 10_000, RANKS: 1000}
-_TAKING_PART = {CATALOG: {LIMIT, "expstate"}, NOTEBOOK: {LIMIT, "expstate"}, RANKS: {LIMIT, "expstate", "dcp"}}
+_GIB = {NOTEBOOK: 1.0, OBJECTS: 1.0}
+_SMALL_TENSORS = {DISK: 100_000, RANKS: 1000}
+_TAKING_PART = {
+    CATALOG: {LIMIT, "expstate"},
+    NOTEBOOK: {LIMIT, "expstate"},
+    RANKS: {LIMIT, "expstate", "dcp"},
+    INCREMENTAL: {LIMIT, "expstate"},
+}
+_NAME_A_FOLDER = (RANKS, INCREMENTAL)
+_ON_DEVICE = (DISK, INCREMENTAL)
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 """What reaches a bucket by fsspec; the limits need it, and so does whoever cleans up."""
 
@@ -94,10 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or a folder in a bucket, as s3://bucket/folder or gs://bucket/folder; "
         "or the word catalog, to measure the catalog and comparisons in the current folder, or the word notebook, to measure what a "
         "notebook's user waits for (a folder of such a name is ./catalog); or the word ranks and a folder, to measure two ranks that work "
-        "on one snapshot there, and plans of many more",
+        "on one snapshot there, and plans of many more; or the word incremental and a folder, to measure takes that go on from earlier "
+        "ones (with --device, the search for changes counts as a share of what the device reads and writes when it copies the state)",
     )
     parser.add_argument(
-        "folder", nargs="?", metavar="PATH", help="after the word ranks, the folder on the disk to measure (default: this one)"
+        "folder",
+        nargs="?",
+        metavar="PATH",
+        help=f"after the word {' or '.join(_NAME_A_FOLDER)}, the folder on the disk to measure (default: this one)",
     )
     parser.add_argument(
         "--gib",
@@ -108,8 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors", type=int, default=100, metavar="N", help="number of its tensors (default: 100)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="times that each is measured (default: 5)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)} (default: all installed)")
-    of_disk, of_catalog, of_notebook, of_bucket, of_ranks = (
-        ", ".join(operation_names(device=True, benchmark=one)) for one in (DISK, CATALOG, NOTEBOOK, OBJECTS, RANKS)
+    of_disk, of_catalog, of_notebook, of_bucket, of_ranks, of_incremental = (
+        ", ".join(operation_names(device=True, benchmark=one)) for one in (DISK, CATALOG, NOTEBOOK, OBJECTS, RANKS, INCREMENTAL)
     )
     parser.add_argument(
         "--operations",
@@ -117,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(OPERATIONS),
         metavar="OPERATION",
         help=f"of a disk: {of_disk}; of a bucket: {of_bucket}; of the catalog: {of_catalog}; of notebooks: {of_notebook}; "
-        f"of ranks: {of_ranks} (default: all)",
+        f"of ranks: {of_ranks}; of incremental takes: {of_incremental} (default: all)",
     )
     parser.add_argument("--device", default="cpu", metavar="D", help="where the state is, any device that torch names (default: cpu)")
     parser.add_argument(
@@ -185,8 +197,8 @@ def _storage_options(text: str | None, url: str) -> dict[str, Any]:
 
 def _folder(arguments: argparse.Namespace, benchmark: str) -> Path:
     """Where on a disk it works, for a bucket and for what needs no special disk the current folder."""
-    if arguments.folder is not None and benchmark != RANKS:
-        msg = f"{arguments.folder!r}: a second word only follows the word {RANKS}"
+    if arguments.folder is not None and benchmark not in _NAME_A_FOLDER:
+        msg = f"{arguments.folder!r}: a second word only follows the word {' or '.join(_NAME_A_FOLDER)}"
         raise ValueError(msg)
     path = Path(arguments.path if benchmark == DISK else arguments.folder or "")
     if not path.is_dir():
@@ -216,8 +228,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
     on_device = arguments.device != "cpu"
     in_bucket = "://" in arguments.path
     benchmark = OBJECTS if in_bucket else arguments.path if arguments.path in _TAKING_PART else DISK
-    of_disk = benchmark == DISK
-    if on_device and not of_disk:
+    if on_device and benchmark not in _ON_DEVICE:
         msg = f"--device {arguments.device}: this benchmark measures on the host"
         raise ValueError(msg)
     if on_device:
@@ -225,12 +236,12 @@ def options_from(arguments: argparse.Namespace) -> Options:
     path = _folder(arguments, benchmark)
     url = arguments.path.rstrip("/") if in_bucket else ""
     storage_options = _storage_options(arguments.storage_options, url)
-    gib = arguments.gib if arguments.gib is not None else _GIB[benchmark]
+    gib = arguments.gib if arguments.gib is not None else _GIB.get(benchmark, 2.0)
     total_bytes = int(gib * GIB) // 16 * 16
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         msg = f"--json {arguments.json}: its folder does not exist"
         raise ValueError(msg)
-    small_tensors = arguments.small_tensors if arguments.small_tensors is not None else _SMALL_TENSORS[benchmark]
+    small_tensors = arguments.small_tensors if arguments.small_tensors is not None else _SMALL_TENSORS.get(benchmark, 10_000)
     if min(arguments.repeat, small_tensors, arguments.records, arguments.snapshots, arguments.ranks) < 1:
         msg = "--repeat, --small-tensors, --records, --snapshots and --ranks must be at least 1"
         raise ValueError(msg)

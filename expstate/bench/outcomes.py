@@ -1,6 +1,6 @@
-"""What the steps of disks and of buckets have in common: an outcome made of a meter, and the look at what came back.
+"""What the steps of several benchmarks have in common: a meter, an outcome made of it, and the look at what came back.
 
-Gets a ``Meter`` or digests; hands on an ``Outcome`` or what is wrong.
+Gets a ``Task``, a ``Meter`` or digests; hands on a ``Meter``, an ``Outcome`` or what is wrong.
 """
 
 from __future__ import annotations
@@ -9,14 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 
+from expstate.bench.measure import Meter
 from expstate.bench.plan import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from expstate.bench.measure import Meter
     from expstate.bench.plan import Task
+
+
+def meter_for(task: Task, *, maps_files: bool = False) -> Meter:
+    """A meter that waits for the device of the task's workload."""
+    device = task.workload.device
+    if device == "cpu":
+        return Meter(maps_files=maps_files)
+    module: Any = torch.get_device_module(device)
+    return Meter(maps_files=maps_files, synchronize=module.synchronize)
 
 
 def measured(meter: Meter, nbytes: int, **more: Any) -> Outcome:

@@ -19,8 +19,8 @@ BUDGET_BYTES = 256 * MIB
 FILLED_PROJECT = "example.org/bench"
 """The project of the records that are searched."""
 
-DISK, CATALOG, NOTEBOOK, OBJECTS, RANKS = "disk", "catalog", "notebook", "objects", "ranks"
-"""The benchmarks: of a disk, of the catalog, of notebooks, of a bucket and of several ranks."""
+DISK, CATALOG, NOTEBOOK, OBJECTS, RANKS, INCREMENTAL = "disk", "catalog", "notebook", "objects", "ranks", "incremental"
+"""The benchmarks: of a disk, of the catalog, of notebooks, of a bucket, of several ranks and of incremental takes."""
 
 STORAGE_OPTIONS = "EXPSTATE_BENCH_STORAGE_OPTIONS"
 """The variable by which child processes are told, in JSON, how the bucket is reached: command lines are seen by everybody."""
@@ -32,6 +32,35 @@ MODULES = {"torch": "torch", "safetensors": "safetensors", "dcp": "torch", "torc
 
 SNAPSHOT = "snapshot"
 """File or folder that a system writes in the folder given to it; the raw file of the limits has this name too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a figure of an operation is to reach.
+
+    Attributes
+    ----------
+    figure : str
+        Its name among the figures of an outcome.
+    value : float
+        What it is to be at least or at most.
+    at_least : bool
+        Which of the two.
+    """
+
+    figure: str
+    value: float
+    at_least: bool = False
+
+    def is_met(self, found: float) -> bool:
+        """Whether this is enough.
+
+        Examples
+        --------
+        >>> Target("bytes_written", 10).is_met(11), Target("times_as_fast", 3.5, at_least=True).is_met(4)
+        (False, True)
+        """
+        return found >= self.value if self.at_least else found <= self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +80,14 @@ class Operation:
     needs_kept : bool
         Whether a snapshot taken beforehand is read.
     benchmark : str
-        Which it belongs to: that of a disk, which is also that of a bucket, of the catalog, of notebooks or of several ranks.
+        Which it belongs to: that of a disk, which is also that of a bucket, of the catalog, of notebooks, of several ranks or of
+        incremental takes.
     device_only : bool
         Whether it exists only with ``--device``.
     null_on_device : bool
         Whether expstate takes to the null storage where the state is on an accelerator, so that the transfer alone is measured.
+    targets : tuple of Target
+        What its figures are to reach.
     """
 
     name: str
@@ -67,6 +99,7 @@ class Operation:
     benchmark: str = DISK
     device_only: bool = False
     null_on_device: bool = False
+    targets: tuple[Target, ...] = ()
 
 
 OPERATIONS = {
@@ -139,6 +172,47 @@ OPERATIONS = {
             "restore on one rank of them: the manifest read and checked, planned, and 4 KiB read of each tensor",
             benchmark=RANKS,
             needs_kept=True,
+        ),
+        Operation("full", "the first take of a process", ("write",), ("write", "to_host"), benchmark=INCREMENTAL),
+        Operation(
+            "unchanged",
+            "the second take of a state of which nothing has changed, beside the first of the same process",
+            benchmark=INCREMENTAL,
+            targets=(Target("times_as_fast", 3.5, at_least=True), Target("bytes_written", 2 * MIB)),
+        ),
+        Operation(
+            "one_percent",
+            "the same where small tensors have changed that make 1 % of the state, as adapters of low rank do",
+            benchmark=INCREMENTAL,
+            targets=(Target("of_full", 0.3), Target("of_state", 0.012)),
+        ),
+        Operation(
+            "detect",
+            "finding that nothing has changed, beside BLAKE3 of the same memory on all cores, or beside a copy on the accelerator, of "
+            "which the bytes that are read and those that are written count",
+            benchmark=INCREMENTAL,
+            targets=(Target("of_blake3", 0.8, at_least=True), Target("of_device_copy", 0.5, at_least=True)),
+        ),
+        Operation(
+            "stall",
+            "until async_take returns, with a base, staging memory warm; beside a copy into warm memory, or on the accelerator",
+            benchmark=INCREMENTAL,
+            targets=(
+                *(Target(f"of_device_copy{base}", 1.2) for base in ("", "_without_base")),
+                *(Target(f"of_transfer{base}", 1.1) for base in ("", "_without_base")),
+            ),
+        ),
+        Operation(
+            "finetune_disk",
+            "50 takes of a fine-tuning run of MiniLM, its backbone frozen: room on the disk, on the host",
+            benchmark=INCREMENTAL,
+            targets=(Target("of_needed", 1.1),),
+        ),
+        Operation(
+            "autosave",
+            "what autosave every 50 steps adds to a training of digits, on the host",
+            benchmark=INCREMENTAL,
+            targets=(Target("overhead", 0.03),),
         ),
     )
 }
@@ -235,6 +309,7 @@ class Outcome(msgspec.Struct):
     """What a child measured, once.
 
     ``cached_bytes`` were still in the page cache when a cold operation began; ``parts`` are seconds, ``figures`` whatever else was counted.
+    ``left_out`` says why nothing could be measured on this machine, ``error`` what has failed.
     """
 
     seconds: float = 0.0
@@ -244,6 +319,7 @@ class Outcome(msgspec.Struct):
     cached_bytes: int = 0
     parts: dict[str, float] = msgspec.field(default_factory=dict)
     figures: dict[str, float] = msgspec.field(default_factory=dict)
+    left_out: str = ""
     error: str = ""
 
 

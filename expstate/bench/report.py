@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from expstate.bench.plan import GIB, LIMIT, MIB, OPERATIONS, SYSTEMS, Outcome
+from expstate.bench.plan import GIB, LIMIT, MIB, OPERATIONS, SYSTEMS, Outcome, Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +41,8 @@ class Record(msgspec.Struct):
         Seconds of the parts of an operation.
     figures : dict of str to list of float
         What else was counted, such as bytes.
+    left_out : str
+        Why it was not measured on this machine, or empty.
     error : str
         Why there is no result, or empty.
     """
@@ -57,6 +59,7 @@ class Record(msgspec.Struct):
     cached_bytes: int = 0
     parts: dict[str, list[float]] = msgspec.field(default_factory=dict)
     figures: dict[str, list[float]] = msgspec.field(default_factory=dict)
+    left_out: str = ""
     error: str = ""
 
 
@@ -64,6 +67,8 @@ def _record(operation: str, system: str, setting: str, outcomes: Sequence[Outcom
     errors = [outcome.error for outcome in outcomes if outcome.error]
     if errors:
         return Record(operation, system, setting=setting, error=errors[0])
+    if outcomes[0].left_out:
+        return Record(operation, system, setting=setting, left_out=outcomes[0].left_out)
     seconds = [outcome.seconds for outcome in outcomes]
     return Record(
         operation,
@@ -143,6 +148,8 @@ def _compare(found: Iterable[Record]) -> None:
 
 _COLUMNS = ("operation", "system", "setting", "seconds", "from", "to", "GiB/s", "of limit", "x best peer", "peak MiB", "CPU s")
 _TEXT_COLUMNS = 3
+_FINE = 0.1
+"""Figures below it have four decimals."""
 
 
 def _seconds(value: float) -> str:
@@ -169,11 +176,15 @@ def _cells(record: Record) -> list[str]:
     ]
 
 
+def _cells_of_none(record: Record) -> list[str]:
+    return [record.operation, record.system, record.setting, "left out" if record.left_out else "failed"]
+
+
 def table(found: Sequence[Record]) -> str:
-    """The records as aligned text, with what failed and what else was measured below."""
+    """The records as aligned text, with what failed, what was left out and what else was measured below, beside its targets."""
     rows = [
         list(_COLUMNS),
-        *(_cells(record) if record.seconds else [record.operation, record.system, record.setting, "failed"] for record in found),
+        *(_cells(record) if record.seconds else _cells_of_none(record) for record in found),
     ]
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(_COLUMNS))]
     lines: list[str] = []
@@ -192,15 +203,23 @@ def table(found: Sequence[Record]) -> str:
 
 
 def _notes(record: Record) -> list[str]:
-    notes = [f"failed: {record.error}"] if record.error else []
+    notes = [f"{what}: {why}" for what, why in (("failed", record.error), ("left out", record.left_out)) if why]
     if record.cached_bytes:
         notes.append(f"{record.cached_bytes / MIB:.1f} MiB were still in the page cache")
     if record.parts:
         notes.append(", ".join(f"{part} {_seconds(statistics.median(seconds))} s" for part, seconds in record.parts.items()))
     if record.figures:
-        notes.append(", ".join(f"{name} {_figure(statistics.median(values))}" for name, values in record.figures.items()))
+        targets = {target.figure: target for target in OPERATIONS[record.operation].targets}
+        medians = {name: statistics.median(values) for name, values in record.figures.items()}
+        notes.append(", ".join(f"{name} {_figure(value)}{_beside(value, targets.get(name))}" for name, value in medians.items()))
     return notes
 
 
+def _beside(value: float, target: Target | None) -> str:
+    if target is None:
+        return ""
+    return f" (target: at {'least' if target.at_least else 'most'} {target.value:,}, {'met' if target.is_met(value) else 'missed'})"
+
+
 def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:.3f}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.3f}" if abs(value) >= _FINE else f"{value:.4f}"

@@ -135,14 +135,16 @@ class _Benchmark:
         what = f"{operation} {repeat + 1}/{self._options.repeat} {' '.join(filter(None, contender[1:]))}"
         if outcome.error:
             _progress(f"{what}: failed: {outcome.error}")
+        elif outcome.left_out:
+            _progress(f"{what}: left out: {outcome.left_out}")
         else:
             speed = f", {outcome.bytes / GIB / outcome.seconds:.3g} GiB/s" if outcome.bytes else ""
             _progress(f"{what}: {outcome.seconds:.4g} s{speed}")
 
     def _goes_on(self, contender: tuple[str, str, str, str], active: Sequence[tuple[str, str, str, str]]) -> bool:
-        """Whether another repeat can change the result: not after a failure, a very long run, or far behind the system's best setting."""
+        """Whether another repeat can change the result: not where none comes, after a very long run, or far behind the best setting."""
         outcomes = self.results[contender]
-        if any(outcome.error for outcome in outcomes) or outcomes[-1].seconds > self._options.slow_seconds:
+        if any(outcome.error or outcome.left_out for outcome in outcomes) or outcomes[-1].seconds > self._options.slow_seconds:
             return False
         if contender[1] == LIMIT:
             # Noise must not lower the mark that everybody is measured by.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 from blake3 import blake3
 
@@ -42,6 +43,8 @@ _COUNTS = {
 }
 _WEIGHTS = [size for size, count in _COUNTS.items() for _ in range(count)]
 _STRIDE = 37
+_ADAPTED = 100
+"""Bytes of a state of which its adapters make one."""
 
 
 class TensorState:
@@ -177,6 +180,15 @@ def touched_small_state(workload: Workload) -> TensorState:
     """The same names and shapes as ``random_small_state`` with other values."""
     count = workload.small_tensors
     return TensorState({f"small.{index}": _touched(SMALL_BYTES).view(torch.float32).to(workload.device) for index in range(count)})
+
+
+def adapted_state(workload: Workload) -> tuple[TensorState, TensorState]:
+    """A state of the workload's size like that of a model with adapters of low rank, two for each tensor; and those, 1 % of it."""
+    size = workload.total_bytes // _ADAPTED // (2 * workload.tensors) // _STEP_BYTES * _STEP_BYTES
+    sizes = {f"adapters.{index}.{side}": max(size, _STEP_BYTES) for index in range(workload.tensors) for side in ("down", "up")}
+    adapters = {name: _random(size, -1 - seed).view(torch.float32).to(workload.device) for seed, (name, size) in enumerate(sizes.items())}
+    rest = msgspec.structs.replace(workload, total_bytes=workload.total_bytes - sum(sizes.values()))
+    return TensorState({**dict(random_tensors(rest)), **adapters}), TensorState(adapters)
 
 
 def overwrite(state: TensorState) -> None:

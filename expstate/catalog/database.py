@@ -349,6 +349,9 @@ def find_damage(place: CatalogPlace) -> str | None:
     try:
         with database.reading() as connection:
             found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar())
+            astray = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+            if found == "ok" and astray is not None:
+                found = f"a row of {astray[0]} belongs to no record"
             for table in schema.metadata.sorted_tables:
                 connection.execute(sa.select(table).limit(1)).first()
     except CatalogCorruptError as error:

@@ -5,6 +5,7 @@ Gets what was raised and the catalog's place. No message holds a URL with user i
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ import sqlalchemy as sa
 from expstate.errors import CatalogCorruptError, CatalogError, CatalogUnavailableError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from expstate.catalog.place import CatalogPlace
 
 RAW = (sa.exc.SQLAlchemyError, sqlite3.Error, UnicodeError, OverflowError)
@@ -85,8 +88,18 @@ def translate(error: BaseException, place: CatalogPlace) -> CatalogError:
     is_bare = type(getattr(error, "orig", None) or error) is sqlite3.DatabaseError
     if is_bare or isinstance(error, UnicodeDecodeError) or any(sign in lower for sign in _DAMAGED):
         return corrupt(place, text)
+    if _has_wrong_header(error, place.path):
+        return corrupt(place, "its header says that it must not be written")
     reason = next((reason for sign, reason in _OF_SQLITE.items() if sign in lower), None)
     return _refused(place, text) if reason is None else unavailable(place, reason)
+
+
+def _has_wrong_header(error: BaseException, path: Path) -> bool:
+    """Whether SQLite does not write a file that everyone else may write. To read the header ourselves would undo SQLite's locks."""
+    code = getattr(getattr(error, "orig", None) or error, "sqlite_errorname", None)
+    # Python 3.10 does not tell the code; what else has these words is rare, and has been opened anew before.
+    is_read_only = code == "SQLITE_READONLY" or (code is None and "readonly database" in _text(error))
+    return is_read_only and all(os.access(each, os.W_OK) for each in (path, os.path.dirname(os.path.realpath(path))))  # noqa: PTH120 - as in ``sqlite``
 
 
 def _refused(place: CatalogPlace, text: str) -> CatalogError:

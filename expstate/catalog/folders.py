@@ -106,7 +106,11 @@ def _check(data: RecordData, raw: bytes) -> None:
     if data.id != manifests.identify(raw)[0]:
         msg = "the manifest has two ids"
         raise ManifestError(msg)
-    if data.world_size >= _MOST_RANKS or not data.nbytes < _MOST_BYTES or not -_MOST_BYTES <= (data.step or 0) < _MOST_BYTES:
+    if (
+        data.world_size >= _MOST_RANKS
+        or max(data.nbytes, data.written_bytes) >= _MOST_BYTES
+        or not -_MOST_BYTES <= (data.step or 0) < _MOST_BYTES
+    ):
         msg = f"world size {data.world_size}, step {data.step} or {data.nbytes} bytes are not possible"
         raise ManifestError(msg)
 

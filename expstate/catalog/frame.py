@@ -49,7 +49,7 @@ _FIELDS: dict[str, tuple[str, sa.Column[Any] | None]] = {
     "created_at": ("time", _records.created_at),
     "duration_seconds": ("float64", _records.duration_seconds),
     "nbytes": ("int64", _records.nbytes),
-    "written_bytes": ("int64", _records.written_bytes),
+    "nbytes_written": ("int64", _records.written_bytes),
     "world_size": ("int64", _records.world_size),
     "tags": ("object", None),
     "aliases": ("object", None),

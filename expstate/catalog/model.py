@@ -58,7 +58,7 @@ class RecordData(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     created_at : int
         Microseconds since 1970.
     nbytes, written_bytes : int
-        Bytes of its state, and of those what the take had to write.
+        Bytes of its state, and of the data files that the take wrote.
     packages : dict
         Versions by package; stored once per content.
     annotations : Annotations or None
@@ -114,8 +114,10 @@ class Record:
         When the take began, in UTC.
     duration_seconds : float or None
         How long it took.
-    nbytes, written_bytes : int
-        Bytes of the state, and of those what the take had to write.
+    nbytes : int
+        Bytes of the state.
+    nbytes_written : int
+        Bytes of the data files that the take wrote; files that it shares with an earlier snapshot do not count.
     world_size : int
         Ranks that took it.
     tags, aliases : tuple of str
@@ -147,7 +149,7 @@ class Record:
     created_at: dt.datetime
     duration_seconds: float | None
     nbytes: int
-    written_bytes: int
+    nbytes_written: int
     world_size: int
     tags: tuple[str, ...]
     aliases: tuple[str, ...]
@@ -160,6 +162,16 @@ class Record:
     digest: str
     provenance: dict[str, Any] = field(repr=False)
     status: str = "present"
+
+    @property
+    def nbytes_unique(self) -> int | None:
+        """Bytes that no other snapshot has, at all its places: what deleting it sets free; None if none of them can be read from here.
+
+        It is looked up on storage each time, as ``Snapshot.nbytes_unique``.
+        """
+        from expstate.catalog import space  # noqa: PLC0415 - records are made without it
+
+        return space.nbytes_unique([self])
 
     def __hash__(self) -> int:
         return hash((self.id, self.digest))
@@ -267,7 +279,6 @@ def describe(manifest: Manifest, digest: str, url: str, annotations: Annotations
     given = manifest.metadata
     provenance = dict(manifest.provenance)
     packages = provenance.pop("packages", {})
-    nbytes = sum(entry.nbytes for entry in manifest.entries)
     return RecordData(
         id=manifest.id,
         digest=digest,
@@ -279,8 +290,8 @@ def describe(manifest: Manifest, digest: str, url: str, annotations: Annotations
         step=given.step,
         created_at=microseconds(manifest.created_at),
         duration_seconds=manifest.duration_seconds,
-        nbytes=nbytes,
-        written_bytes=nbytes,
+        nbytes=sum(entry.nbytes for entry in manifest.entries),
+        written_bytes=manifest.nbytes_written,
         world_size=manifest.world_size,
         parent=manifest.parent,
         body=Body(

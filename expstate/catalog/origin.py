@@ -75,6 +75,11 @@ class Origin:
         if self._recorder is not None:
             self._recorder.prepare()
 
+    def note_busy(self, facts: Mapping[str, Any]) -> None:
+        """Record what happened because earlier takes had not ended; nothing if nothing did."""
+        if facts:
+            self._gathering.add("busy", facts)
+
     def provenance(self) -> dict[str, Any]:
         """What was found; waits for it if need be."""
         return self._gathering.result()

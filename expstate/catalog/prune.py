@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from expstate.catalog import folders, removal, rows, schema
+from expstate.catalog import folders, removal, rows, schema, space
 from expstate.catalog.model import time_of
 from expstate.catalog.query import literal
 from expstate.catalog.records import Records
-from expstate.engine.report import bytes_text, counted
+from expstate.engine.report import bytes_text, counted, freed_text
 from expstate.errors import CatalogUnavailableError, ExpstateError, InvalidArgumentError
 from expstate.progress import Progress, ProgressOption, check_option
 from expstate.state import paths
@@ -75,7 +75,9 @@ class PruneReport:
     skipped : tuple of Skipped
         Those that were left alone: they have been pinned, tagged or changed since the plan was made, or could not be removed.
     nbytes : int
-        Bytes of what was deleted.
+        Bytes of the snapshots that were deleted.
+    nbytes_freed : int
+        Bytes on storage that got free: without files that other snapshots share, and with manifests.
     seconds : float
         Time it took.
     """
@@ -83,10 +85,11 @@ class PruneReport:
     deleted: tuple[Record, ...]
     skipped: tuple[Skipped, ...]
     nbytes: int
+    nbytes_freed: int
     seconds: float
 
     def __str__(self) -> str:
-        lines = [f"deleted {counted(len(self.deleted), 'snapshot')} ({bytes_text(self.nbytes)})"]
+        lines = [f"deleted {counted(len(self.deleted), 'snapshot')} ({freed_text(self.nbytes, self.nbytes_freed)})"]
         lines += [f"  left alone: {_name(skipped.record)}: {paths.printable(skipped.reason)}" for skipped in self.skipped]
         return "\n".join(lines)
 
@@ -96,7 +99,7 @@ class PruneReport:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
         skipped = [{**_brief(skipped.record), "reason": skipped.reason} for skipped in self.skipped]
-        return {"deleted": list(map(_brief, self.deleted)), "skipped": skipped, "nbytes": self.nbytes, "seconds": self.seconds}
+        return {"deleted": list(map(_brief, self.deleted)), "skipped": skipped, **_sizes(self), "seconds": self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +114,21 @@ class PrunePlan:
         The others of the project, with all reasons for each.
     project : str
         The project.
+    nbytes_freed : int
+        Bytes on storage that would get free, as they were when the plan was made: a file that several snapshots share counts if all of
+        them would go. Manifests count too.
     """
 
     delete: Records
     keep: tuple[Kept, ...]
     project: str
+    nbytes_freed: int
     _catalog: Catalog = field(repr=False)
     _rules: Rules = field(repr=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what would go."""
+        """Bytes of the snapshots that would go."""
         return sum(record.nbytes for record in self.delete)
 
     def apply(self, progress: ProgressOption = None) -> PruneReport:
@@ -146,18 +153,23 @@ class PrunePlan:
         started = time.perf_counter()
         deleted: list[Record] = []
         skipped: list[Skipped] = []
+        freed = 0
         bar = Progress("prune", self.nbytes, progress)
         try:
             for record in self.delete:
+                # Of files that are shared, what the last one has: those before it have left them to it.
+                nbytes = record.nbytes_unique or 0
                 reason = self._delete(record)
                 if reason is None:
                     deleted.append(record)
+                    freed += nbytes
                 else:
                     skipped.append(Skipped(record, reason))
                 bar.add(record.nbytes)
         finally:
             bar.close()
-        return PruneReport(tuple(deleted), tuple(skipped), sum(record.nbytes for record in deleted), time.perf_counter() - started)
+        nbytes = sum(record.nbytes for record in deleted)
+        return PruneReport(tuple(deleted), tuple(skipped), nbytes, freed, time.perf_counter() - started)
 
     def _delete(self, planned: Record) -> str | None:
         """Delete one; why it was left alone instead."""
@@ -178,7 +190,8 @@ class PrunePlan:
         return "; ".join(map(str, remains)) or None
 
     def __str__(self) -> str:
-        lines = [f"would delete {counted(len(self.delete), 'snapshot')} ({bytes_text(self.nbytes)}) and keep {len(self.keep):,}"]
+        size = freed_text(self.nbytes, self.nbytes_freed)
+        lines = [f"would delete {counted(len(self.delete), 'snapshot')} ({size}) and keep {len(self.keep):,}"]
         lines += _lines(((record, "delete") for record in self.delete), len(self.delete))
         lines += _lines(((kept.record, f"keep: {', '.join(kept.reasons)}") for kept in self.keep), len(self.keep))
         return "\n".join(lines)
@@ -195,11 +208,15 @@ class PrunePlan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
         keep = [{**_brief(kept.record), "reasons": list(kept.reasons)} for kept in self.keep]
-        return {"project": self.project, "delete": list(map(_brief, self.delete)), "keep": keep, "nbytes": self.nbytes}
+        return {"project": self.project, "delete": list(map(_brief, self.delete)), "keep": keep, **_sizes(self)}
 
 
 def _brief(record: Record) -> dict[str, Any]:
     return {"id": record.id, "name": record.name, "step": record.step, "url": record.url, "nbytes": record.nbytes}
+
+
+def _sizes(found: PrunePlan | PruneReport) -> dict[str, int]:
+    return {"nbytes": found.nbytes, "nbytes_freed": found.nbytes_freed}
 
 
 def _name(record: Record) -> str:
@@ -269,7 +286,7 @@ def plan(
     chosen = [(seq, record) for seq, record in zip(numbers, records, strict=True) if record.id not in reasons]
     delete = Records(catalog, [seq for seq, _ in chosen], [record for _, record in chosen])
     keep = tuple(Kept(record, tuple(reasons[record.id])) for record in records if record.id in reasons)
-    return PrunePlan(delete, keep, named, catalog, rules)
+    return PrunePlan(delete, keep, named, space.nbytes_unique(record for _, record in chosen) or 0, catalog, rules)
 
 
 def _count(what: str, value: object) -> int:

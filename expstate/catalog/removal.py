@@ -186,6 +186,11 @@ def _check_untagged(record: Record, storages: Sequence[Storage]) -> None:
             raise SnapshotPinnedError(msg)
 
 
+def forget_place(catalog: Catalog, record: Record, url: str) -> None:
+    """A snapshot is gone from a place of this machine, or one that every machine reaches; without any left its record goes too."""
+    _forget(catalog, record, [location for location in record.locations if location.url == url])
+
+
 def _forget(catalog: Catalog, record: Record, gone: Sequence[Location]) -> None:
     if gone or not record.locations:
         with catalog.database.writing() as connection:

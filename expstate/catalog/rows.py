@@ -207,11 +207,11 @@ def _put_location(connection: sa.Connection, seq: int, data: RecordData, seen_at
             status = "replaced"  # the other has come since
         else:
             set_location_status(connection, other, data.url, data.host, "replaced")
-    values = {"digest": data.digest, "status": status, "seen_at": now() if seen_at is None else seen_at}
+    at_last = now() if seen_at is None else seen_at
+    values = {"url": stored_url(data.url), "host": storable(data.host), "digest": data.digest, "status": status, "seen_at": at_last}
     where = (table.c.record == seq, table.c.place == key)
     if is_new or connection.execute(sa.select(table.c.record).where(*where)).first() is None:
-        place = {"record": seq, "place": key, "url": stored_url(data.url), "host": storable(data.host)}
-        connection.execute(sa.insert(table), place | values)
+        connection.execute(sa.insert(table), {"record": seq, "place": key} | values)
     elif seen_at is None:
         connection.execute(sa.update(table).where(*where).values(**values))
     if status != "present" or not is_new:
@@ -303,7 +303,8 @@ def _claim_aliases(connection: sa.Connection, seq: int, project: str, claims: di
     """Give a record the aliases that it claims and nobody has claimed since, and take away those that it has given up."""
     table = schema.aliases
     claims = {indexable(str(name)): _within(at) for name, at in claims.items()}
-    connection.execute(sa.delete(table).where(table.c.record == seq, table.c.alias.not_in(claims)))
+    given_up = sa.or_(table.c.alias.not_in(claims), table.c.project != project)  # of another project: the file was damaged
+    connection.execute(sa.delete(table).where(table.c.record == seq, given_up))
     for alias, at in claims.items():
         holder = connection.execute(
             sa.select(table.c.record, table.c.claimed_at).where(table.c.project == project, table.c.alias == alias)
@@ -373,7 +374,7 @@ def fetch_by_row(connection: sa.Connection, seqs: Sequence[int]) -> dict[int, Re
     return {seq: _checked_record(row, places.get(seq, []), claimed.get(seq, [])) for seq, row in rows.items()}
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(1024)  # kilobytes each
 def _decoded(body: str, annotations: str | None) -> tuple[Body, Any]:
     decoded = _body(body)
     return decoded, effective(decoded, None if annotations is None else _annotations(annotations))
@@ -420,7 +421,7 @@ def _record(row: Any, places: list[Location], aliases: list[str]) -> Record:
         created_at=time_of(created_at),
         duration_seconds=duration,
         nbytes=nbytes,
-        written_bytes=written,
+        nbytes_written=written,
         world_size=world_size,
         tags=now_true.tags,
         aliases=tuple(aliases),

@@ -74,7 +74,7 @@ def enter(pending: Pending, metadata: Metadata, place: CatalogPlace, project: Ca
         created_at=dt.datetime.now(dt.timezone.utc),
         duration_seconds=None,
         nbytes=0,
-        written_bytes=0,
+        nbytes_written=0,
         world_size=1,
         tags=tuple(sorted(metadata.tags)),
         aliases=(),

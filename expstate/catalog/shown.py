@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from expstate.catalog.model import Record
 
-_COLUMNS = ("id", "name", "step", "created (UTC)", "size", "tags", "metrics")
+_COLUMNS = ("id", "name", "step", "created (UTC)", "size", "written", "tags", "metrics")
 _METRICS = 4
 _WIDEST = 40
 _LONGEST_DIGITS = 100
@@ -47,16 +47,26 @@ def _cells(record: Record) -> tuple[str, ...]:
         "" if record.step is None else str(record.step),
         f"{record.created_at:%Y-%m-%d %H:%M}",
         bytes_text(record.nbytes),
+        bytes_text(record.nbytes_written),
         _cut(", ".join(marks)),
         ", ".join([*metrics, *more]),
     )
+
+
+def _table(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Titles and rows; what was written is of interest where it is less than all."""
+    rows = [_COLUMNS, *map(_cells, records)]
+    if any(record.nbytes_written < record.nbytes for record in records):
+        return rows
+    place = _COLUMNS.index("written")
+    return [(*row[:place], *row[place + 1 :]) for row in rows]
 
 
 def as_text(records: Sequence[Record], count: int) -> str:
     """The first records of ``count``, one a line."""
     if not records:
         return "no records"
-    rows = [_COLUMNS, *map(_cells, records)]
+    rows = _table(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *_more(records, count)])
@@ -66,10 +76,9 @@ def as_html(records: Sequence[Record], count: int) -> str:
     """The first records of ``count`` as a table; everything is escaped."""
     if not records:
         return "<i>no records</i>"
-    head = "".join(f'<th style="{_CELL}">{html.escape(name)}</th>' for name in _COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in _cells(record)) + "</tr>" for record in records
-    )
+    titles, *rows = _table(records)
+    head = "".join(f'<th style="{_CELL}">{html.escape(name)}</th>' for name in titles)
+    body = "".join("<tr>" + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in row) + "</tr>" for row in rows)
     style = "border-collapse:collapse;color:var(--jp-ui-font-color1,inherit)"
     more = "".join(f"<br><i>{line}</i>" for line in _more(records, count))
     return f'<table style="{style}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}'

@@ -36,6 +36,10 @@ class Line(msgspec.Struct, frozen=True):
     record: RecordData
 
 
+# Makes known to msgspec, now and in one thread, what a line is: it crashes where several come at once to a type that was never decoded.
+msgspec.json.Decoder(Line)
+
+
 def append(place: CatalogPlace, data: RecordData, timeout_seconds: float = _LOCK_SECONDS) -> None:
     """Keep a record until the catalog can be written.
 

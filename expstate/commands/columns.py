@@ -33,7 +33,8 @@ FIELDS: dict[str, Callable[[Record, dt.datetime], Any]] = {
     "age": lambda record, now: age_text(record.created_at, now),
     "duration": lambda record, _: None if record.duration_seconds is None else f"{record.duration_seconds:.3g} s",
     "size": lambda record, _: bytes_text(record.nbytes),
-    "written": lambda record, _: bytes_text(record.written_bytes),
+    "written": lambda record, _: bytes_text(record.nbytes_written),
+    "unique": lambda record, _: None if (nbytes := record.nbytes_unique) is None else bytes_text(nbytes),
     "world_size": lambda record, _: record.world_size,
     "tags": lambda record, _: joined(record.tags),
     "aliases": lambda record, _: joined(record.aliases),
@@ -54,12 +55,13 @@ _SYNONYMS = {
     "created_at": "created",
     "duration_seconds": "duration",
     "nbytes": "size",
-    "written_bytes": "written",
+    "nbytes_written": "written",
+    "nbytes_unique": "unique",
 }
-_NUMBERS = frozenset({"step", "age", "duration", "size", "written", "world_size"})
-_MARKS = ("pinned", "aliases", "tags")
+_NUMBERS = frozenset({"step", "age", "duration", "size", "written", "unique", "world_size"})
+_MARKS = ("written", "pinned", "aliases", "tags")
 _ALWAYS = ("name", "id", "age", "size")
-_USUAL = ("name", "id", "project", "age", "step", "size", "tags", "aliases", "pinned", "status")
+_USUAL = ("name", "id", "project", "age", "step", "size", "written", "tags", "aliases", "pinned", "status")
 
 
 class RecordColumn:
@@ -150,4 +152,6 @@ def _git(record: Record, name: str) -> str | None:
 def _has(name: str, record: Record) -> bool:
     if name == "status":
         return record.status != "present"
+    if name == "written":
+        return record.nbytes_written < record.nbytes
     return getattr(record, name) not in {None, "", (), False}

@@ -11,7 +11,7 @@ from expstate.catalog.model import Location, Record, describe, effective, host_o
 from expstate.catalog.provenance import current_project
 from expstate.commands import columns
 from expstate.commands.plain import plain
-from expstate.commands.texts import age_text, entry_row, joined, value_text
+from expstate.commands.texts import age_text, entry_row, joined, sizes_text, unique_here, value_text
 from expstate.commands.verb import REF, Verb, argument
 from expstate.commands.view import Column
 from expstate.engine import annotate
@@ -137,7 +137,7 @@ def record_of(snapshot: Snapshot) -> Record:
         created_at=snapshot.created_at,
         duration_seconds=data.duration_seconds,
         nbytes=data.nbytes,
-        written_bytes=data.written_bytes,
+        nbytes_written=data.written_bytes,
         world_size=data.world_size,
         tags=now_true.tags,
         aliases=tuple(sorted(now_true.aliases)),
@@ -176,13 +176,12 @@ def _show_shown(shown: Shown, view: View, arguments: argparse.Namespace) -> None
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
     duration = "" if record.duration_seconds is None else f", took {record.duration_seconds:.3g} s"
-    written = "" if record.written_bytes == record.nbytes else f", of which {bytes_text(record.written_bytes)} were written"
     yield "name", record.name or ""
     yield "id", record.id
     yield "project", record.project
     yield "taken", f"{record.created_at:%Y-%m-%d %H:%M:%S} UTC, {age_text(record.created_at, _now())} ago{duration}"
     yield "step", value_text(record.step)
-    yield "size", f"{bytes_text(record.nbytes)}{written}"
+    yield "size", sizes_text(record)
     yield "ranks", str(record.world_size) if record.world_size > 1 else ""
     yield "tags", joined(record.tags)
     yield "aliases", joined(record.aliases)
@@ -211,7 +210,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _data(shown: Shown, arguments: argparse.Namespace) -> Any:
     del arguments
-    found = plain(shown.record) | {"packages": shown.packages}
+    found = plain(shown.record) | {"nbytes_unique": unique_here(shown.record), "packages": shown.packages}
     if shown.entries is not None:
         names = ("path", "kind", "type", "shape_or_value", "size")
         found["entries"] = [dict(zip(names, entry_row(entry), strict=True)) | {"nbytes": entry.nbytes} for entry in shown.entries]

@@ -9,12 +9,13 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expstate.catalog.space import nbytes_unique
 from expstate.commands.plain import plain
 from expstate.commands.texts import joined, value_text
 from expstate.commands.verb import REF, YES, Verb, argument, command_line, title
 from expstate.commands.view import Column
 from expstate.engine import collect
-from expstate.engine.report import bytes_text, counted
+from expstate.engine.report import bytes_text, counted, freed_text
 from expstate.errors import ExpstateError, InvalidArgumentError, SnapshotCorruptError, SnapshotNotFoundError
 from expstate.storage import registry
 from expstate.storage.local import LocalStorage
@@ -51,11 +52,14 @@ class Removal:
         Whether it was done.
     command : str or None
         The command that does it.
+    nbytes_freed : int or None
+        Bytes on storage that get free, of records; plans and reports say it themselves.
     """
 
     what: Any
     done: bool
     command: str | None
+    nbytes_freed: int | None = None
 
 
 def _removal_data(name: str) -> Callable[[Removal, argparse.Namespace], Any]:
@@ -79,9 +83,10 @@ def _delete(session: Session, arguments: argparse.Namespace) -> Removal:
     options = {"force": arguments.force, "project": arguments.project, "any_user": arguments.any_user}
     # All of them are found before one goes: latest~1 is another when latest is gone.
     planned = {record.id: record for ref in arguments.refs for record in [session.catalog.delete(ref, **options, dry_run=True)]}
+    freed = nbytes_unique(planned.values())
     if not arguments.yes:
         ids = list(planned)
-        return Removal(tuple(planned.values()), done=False, command=_again("delete", arguments, session, refs=ids))
+        return Removal(tuple(planned.values()), done=False, command=_again("delete", arguments, session, refs=ids), nbytes_freed=freed)
     deleted: list[Record] = []
     for snapshot_id in planned:
         try:
@@ -91,13 +96,18 @@ def _delete(session: Session, arguments: argparse.Namespace) -> Removal:
                 raise
             msg = f"{error} ({counted(len(deleted), 'snapshot')} of {len(planned)} were deleted before it: {joined(map(title, deleted))})"
             raise type(error)(msg) from error
-    return Removal(tuple(deleted), done=True, command=None)
+    return Removal(tuple(deleted), done=True, command=None, nbytes_freed=freed)
+
+
+def _delete_data(removal: Removal, arguments: argparse.Namespace) -> Any:
+    sizes = {"nbytes": sum(record.nbytes for record in removal.what), "nbytes_freed": removal.nbytes_freed}
+    return _removal_data("records")(removal, arguments) | sizes
 
 
 def _show_delete(removal: Removal, view: View, arguments: argparse.Namespace) -> None:
     del arguments
     view.table(_RECORD, map(_record_row, removal.what))
-    size = bytes_text(sum(record.nbytes for record in removal.what))
+    size = freed_text(sum(record.nbytes for record in removal.what), removal.nbytes_freed)
     view.line(f"{'deleted' if removal.done else 'would delete'} {counted(len(removal.what), 'snapshot')} ({size})")
     _say_how(removal, view)
 
@@ -153,12 +163,12 @@ def _show_prune(removal: Removal, view: View, arguments: argparse.Namespace) -> 
         report: PruneReport = removal.what
         rows = [(*_record_row(record), "") for record in report.deleted]
         rows += [(*_record_row(skipped.record), f"left alone: {skipped.reason}") for skipped in report.skipped]
-        last = f"deleted {counted(len(report.deleted), 'snapshot')} ({bytes_text(report.nbytes)})"
+        last = str(report).partition("\n")[0]
     else:
         plan: PrunePlan = removal.what
         rows = [(*_record_row(record), "would go") for record in plan.delete]
         rows += [(*_record_row(kept.record), f"stays: {joined(kept.reasons)}") for kept in plan.keep]
-        last = f"would delete {counted(len(plan.delete), 'snapshot')} ({bytes_text(plan.nbytes)}) and keep {len(plan.keep):,}"
+        last = str(plan).partition("\n")[0]
     if rows:
         view.table([*_RECORD, Column("")], rows)
     view.line(last)
@@ -304,7 +314,7 @@ VERBS = (
         arguments=(_REFS, YES, _FORCE, _ANY_USER),
         call=_delete,
         show=_show_delete,
-        data=_removal_data("records"),
+        data=_delete_data,
     ),
     Verb(
         name="prune",

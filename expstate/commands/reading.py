@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from expstate.commands.plain import plain
-from expstate.commands.verb import REF, Verb, argument
+from expstate.commands.verb import EXPECT_DIGEST, REF, Verb, argument
 from expstate.commands.view import Column
 from expstate.diff import show
 from expstate.engine.report import bytes_text, counted
@@ -68,7 +68,8 @@ def _read(session: Session, arguments: argparse.Namespace) -> Value:
             msg = f"a file {arguments.out!r} is there already, and nothing is overwritten"
             raise InvalidArgumentError(msg)
     rows = None if arguments.rows is None else _rows(arguments.rows)
-    value = session.snapshot(arguments.ref).read_object(arguments.entry, rows=rows, device="cpu", trust=arguments.trust)
+    snapshot = session.snapshot(arguments.ref, arguments.expect_digest)
+    value = snapshot.read_object(arguments.entry, rows=rows, device="cpu", trust=arguments.trust)
     if out is not None:
         _write_array(out, arguments.entry, value)
     return Value(arguments.entry, value, arguments.out)
@@ -231,7 +232,8 @@ def _show_rows(rows: Sequence[EntryDiff], view: View, *, with_statistics: bool) 
 
 
 def _copy(session: Session, arguments: argparse.Namespace) -> Snapshot:
-    return session.snapshot(arguments.ref).copy(arguments.dest, provenance=not arguments.no_provenance, catalog=arguments.catalog)
+    snapshot = session.snapshot(arguments.ref, arguments.expect_digest)
+    return snapshot.copy(arguments.dest, provenance=not arguments.no_provenance, catalog=arguments.catalog)
 
 
 def _show_copy(copied: Snapshot, view: View, arguments: argparse.Namespace) -> None:
@@ -240,7 +242,8 @@ def _show_copy(copied: Snapshot, view: View, arguments: argparse.Namespace) -> N
 
 
 def _export(session: Session, arguments: argparse.Namespace) -> ExportReport:
-    return session.snapshot(arguments.ref).export(arguments.path, include=arguments.include or None, exclude=arguments.exclude or None)
+    snapshot = session.snapshot(arguments.ref, arguments.expect_digest)
+    return snapshot.export(arguments.path, include=arguments.include or None, exclude=arguments.exclude or None)
 
 
 def _show_export(report: ExportReport, view: View, arguments: argparse.Namespace) -> None:
@@ -295,6 +298,7 @@ VERBS = (
             argument(
                 "--trust", action="store_true", help="let an object that needs pickle run code: only if you trust who took the snapshot"
             ),
+            EXPECT_DIGEST,
         ),
         call=_read,
         show=_show_value,
@@ -334,6 +338,7 @@ VERBS = (
             REF,
             argument("dest", metavar="DEST", help="a folder to make, or one without a snapshot: a path or URL"),
             argument("--no-provenance", action="store_true", help="leave out where it came from; its manifest is then another"),
+            EXPECT_DIGEST,
         ),
         call=_copy,
         show=_show_copy,
@@ -351,6 +356,7 @@ VERBS = (
             argument("path", metavar="PATH", help="a folder, for one file a key; or the one file, a name ending in .safetensors"),
             argument("--include", action="append", metavar="GLOB", help="only entries that this matches; may be given several times"),
             argument("--exclude", action="append", metavar="GLOB", help="not the entries that this matches"),
+            EXPECT_DIGEST,
         ),
         call=_export,
         show=_show_export,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import reprlib
 from typing import TYPE_CHECKING, Any
 
-from expstate.engine.report import bytes_text
+from expstate.engine.report import bytes_text, size_text
 from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry
 from expstate.state.values import decode
 
 if TYPE_CHECKING:
     import datetime as dt
     from collections.abc import Iterable
+
+    from expstate.catalog.model import Record
 
 _AGES = (("y", 365 * 86400), ("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 _MOST_DIGITS = 300
@@ -46,6 +48,18 @@ def value_text(value: Any) -> str:
         # Python refuses to write a number of thousands of digits out.
         return str(value) if value.bit_length() <= _MOST_DIGITS else reprlib.repr(hex(value)).strip("'")
     return value if isinstance(value, str) else str(value)
+
+
+def unique_here(record: Record) -> int | None:
+    """What no other snapshot has, of one that lies on disks alone; None of others, so that nobody waits for a network."""
+    return record.nbytes_unique if all(place.host for place in record.locations) else None
+
+
+def sizes_text(record: Record) -> str:
+    """The size of a snapshot; what its take wrote, and what no other snapshot has, where that is less."""
+    unique = unique_here(record)
+    more = f", {bytes_text(unique)} in no other snapshot" if unique is not None and unique < record.nbytes else ""
+    return size_text(record.nbytes, record.nbytes_written) + more
 
 
 def joined(items: Iterable[str]) -> str:

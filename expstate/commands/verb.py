@@ -53,6 +53,9 @@ ALL = argument("--all", action="store_true", help="look in all projects")
 JSON = argument("--json", action="store_true", help="print one JSON document")
 YES = argument("--yes", "-y", dest="yes", action="store_true", help="do it; without it only what would go is shown")
 REF = argument("ref", metavar="REF", help="a snapshot: id or the beginning of one, name, alias, latest, latest~1, path or URL")
+EXPECT_DIGEST = argument(
+    "--expect-digest", metavar="DIGEST", help="read no other snapshot than the one whose manifest has this digest, whatever lies there"
+)
 
 
 class Session:
@@ -88,13 +91,13 @@ class Session:
             raise package_missing(error) from None
         return refs.resolve(self.catalog, ref, project=self.project)
 
-    def snapshot(self, ref: str) -> Snapshot:
+    def snapshot(self, ref: str, expect_digest: str | None = None) -> Snapshot:
         """The snapshot that goes by a ref."""
         try:
-            return Snapshot.find(ref, catalog=self.catalog, project=self.project)
+            return Snapshot.find(ref, catalog=self.catalog, project=self.project, expect_digest=expect_digest)
         except CatalogUnavailableError:
             # Switched off, or a package that it needs is missing: snapshots at paths and URLs are found all the same.
-            return Snapshot.find(ref, catalog=self._url, project=self.project)
+            return Snapshot.find(ref, catalog=self._url, project=self.project, expect_digest=expect_digest)
 
     def close(self) -> None:
         """Let go of the catalog."""

@@ -1,7 +1,7 @@
 """Live state in the form of a manifest: flattened as a take does it, its tensors digested where they lie.
 
 Gets an app state and the entries that it will be compared with; hands on entries cut into the same boxes, and the tensors behind them.
-Plain host memory is digested in place, all else by way of staging buffers; nothing live changes.
+Nothing live changes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from expstate import collector, settings
+from expstate import collector
 from expstate.diff.compare import Listing, Place, placed
-from expstate.engine import crew, memory
-from expstate.engine.digest import block_digests, box_digest
+from expstate.engine import crew, inplace
+from expstate.engine.digest import EMPTY, block_digests, box_digest
 from expstate.engine.source import region
-from expstate.engine.streams import SideStreams
 from expstate.engine.take import state_dicts
+from expstate.engine.unchanged import LiveBox, fingerprints
 from expstate.errors import UnsupportedValueError
 from expstate.format.manifest import (
     BLOCK_BYTES,
@@ -35,34 +35,10 @@ from expstate.state import tensors, tree
 from expstate.state.objects import pickle_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
-    import torch
-
-    from expstate.engine.memory import Buffer
+    from expstate.engine.inplace import Digesting, Piece
     from expstate.state.stateful import Stateful
-
-_JOB_PIECES = 512
-"""Pieces of one job at most: small tensors are digested many at a time."""
-
-
-class Piece(msgspec.Struct, frozen=True, gc=False):
-    """Bytes ``start`` to ``stop`` of a tensor or a region of one, in row-major order; ``address`` if they lie so in host memory."""
-
-    view: torch.Tensor
-    start: int
-    stop: int
-    address: int | None
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes."""
-        return self.stop - self.start
-
-    def stage(self, buffer: Buffer, at: int) -> None:
-        """Copy them to a buffer; from a device that only begins here."""
-        target = None if self.view.is_cpu else buffer.tensor[at : at + self.nbytes]
-        tensors.copy_out(self.view, self.start, self.stop, buffer.address + at, target)
 
 
 def pieces(array: tree.Array, entry: TensorEntry, place: Place, step: int) -> Iterator[Piece]:
@@ -77,21 +53,7 @@ def pieces(array: tree.Array, entry: TensorEntry, place: Place, step: int) -> It
             tensor = tensor.view(*entry.shape, entry.itemsize)  # an array seen as its bytes
         tensor = region(tensor, starts, sizes)
     address = tensor.data_ptr() if tensors.is_plain_memory(tensor) else None
-    for start in range(0, nbytes, step):
-        yield Piece(tensor, start, min(nbytes, start + step), None if address is None else address + start)
-
-
-def staging_for(views: Iterable[torch.Tensor], budget: int, threads: int) -> memory.Staging:
-    """Buffers that the devices of these tensors can copy to."""
-    return memory.Staging(budget, threads, next((view.device.type for view in views if not view.is_cpu), None))
-
-
-class _Digesting(msgspec.Struct, frozen=True, gc=False):
-    """A piece and where the digests of its blocks go."""
-
-    piece: Piece
-    digests: bytearray
-    at: int
+    yield from inplace.cut(tensor, 0, nbytes, address, step)
 
 
 class LiveState:
@@ -116,14 +78,17 @@ class LiveState:
             self._leaves = [_whole(leaf) for key, state in state_dicts(app_state).items() for leaf in tree.flatten(key, state)]
         self.arrays = {leaf.path: leaf for leaf in self._leaves if isinstance(leaf, tree.Array)}
 
-    def listing(self, other: Listing, *, budget: int, progress: ProgressOption) -> Listing:
+    def listing(self, other: Listing, fingerprint_key: str | None, *, budget: int, progress: ProgressOption) -> Listing:
         """The entries, digested so that they can be compared with those of ``other``.
 
         Parameters
         ----------
         other : Listing
             The snapshot's entries. A tensor is digested in boxes like those of its counterpart there, and not at all if no tensor there
-            has its dtype and shape: then none is the same.
+            has its dtype and shape: then none is the same. On an accelerator fingerprints are compared instead, where all that it could be
+            equal to have one.
+        fingerprint_key : str or None
+            The key of the snapshot's fingerprints.
         budget : int
             Most host memory to use, in bytes.
         progress : None, bool or callable
@@ -135,40 +100,67 @@ class LiveState:
             if (array.dtype, array.shape) in forms:
                 places = _places(array, other)
                 boxes[path] = {place: bytearray(_blocks(array, place) * DIGEST_BYTES) for place in places}
-        self._digest(boxes, budget, progress)
+        known = {} if fingerprint_key is None else self._digests_by_fingerprint(boxes, other, bytes.fromhex(fingerprint_key))
+        self._digest({path: places for path, places in boxes.items() if path not in known}, budget, progress)
         with collector.paused():
-            entries = tuple(self._entry(leaf, boxes) for leaf in self._leaves)
+            found = {path: {place: box_digest(digests) for place, digests in places.items()} for path, places in boxes.items()} | known
+            entries = tuple(self._entry(leaf, found) for leaf in self._leaves)
         return Listing(entries, {entry.path: entry for entry in entries})
 
+    def _digests_by_fingerprint(
+        self, boxes: Mapping[str, Mapping[Place, bytearray]], other: Listing, key: bytes
+    ) -> dict[str, dict[Place, bytes]]:
+        """The digests of what lies on accelerators, as the snapshot has them for their fingerprints; empty for one that it has not."""
+        digests: dict[tuple[str, tuple[int, ...], bytes], bytes] = {}
+        without: set[tuple[str, tuple[int, ...]]] = set()
+        for entry in other.entries:
+            if not isinstance(entry, TensorEntry):
+                continue
+            for box in entry.boxes:
+                sizes = entry.shape if box.sizes is None else box.sizes
+                if box.fingerprint is None:
+                    without.add((entry.dtype, sizes))
+                else:
+                    digests[entry.dtype, sizes, box.fingerprint] = box.digest
+        wanted: list[tuple[str, Place]] = []
+        live: list[LiveBox] = []
+        for path, places in boxes.items():
+            array = self.arrays[path]
+            parts = [
+                LiveBox.of(path, array.dtype, region(array.tensor, *place) if place[1] != array.shape else array.tensor) for place in places
+            ]
+            if all(part.is_on_device and (part.dtype, part.sizes) not in without for part in parts):
+                live += parts
+                wanted += [(path, place) for place in places]
+        prints = fingerprints(live, key)
+        found: dict[str, dict[Place, bytes]] = {}
+        for number, (path, place) in enumerate(wanted):
+            part = live[number]
+            digest = digests.get((part.dtype, part.sizes, prints[number]), b"") if number in prints else EMPTY
+            found.setdefault(path, {})[place] = digest
+        lacking = {path for number, (path, _) in enumerate(wanted) if live[number].nbytes and number not in prints}
+        return {path: places for path, places in found.items() if path not in lacking}
+
     def _digest(self, boxes: Mapping[str, Mapping[Place, bytearray]], budget: int, option: ProgressOption) -> None:
-        plain: list[_Digesting] = []
-        staged: list[_Digesting] = []
+        items: list[Digesting] = []
         for path, places in boxes.items():
             array = self.arrays[path]
             entry = _bare_entry(array)
             for place, digests in places.items():
-                for number, piece in enumerate(pieces(array, entry, place, memory.WINDOW_BYTES)):
-                    at = number * (memory.WINDOW_BYTES // BLOCK_BYTES) * DIGEST_BYTES
-                    (staged if piece.address is None else plain).append(_Digesting(piece, digests, at))
-        bar = Progress("diff", sum(item.piece.nbytes for item in (*plain, *staged)), option)
-        stop = crew.Stop()
-        threads = settings.current().thread_count
+                items += inplace.filling(pieces(array, entry, place, inplace.PIECE_BYTES), digests)
+        bar = Progress("diff", sum(item.piece.nbytes for item in items), option)
         try:
-            if plain:
-                jobs = _jobs(plain, memory.WINDOW_BYTES)
-                crew.run(jobs, lambda job: _digest_in_place(job, bar), min(threads, len(jobs)), stop)
-            if staged:
-                _digest_staged(staged, budget, threads, bar, stop)
+            inplace.digest(items, budget, crew.Stop(), bar.add)
         finally:
             bar.close()
 
-    def _entry(self, leaf: tree.Leaf, boxes: Mapping[str, Mapping[Place, bytearray]]) -> Entry:
+    def _entry(self, leaf: tree.Leaf, boxes: Mapping[str, Mapping[Place, bytes]]) -> Entry:
         path = leaf.path
         if isinstance(leaf, tree.Array):
             entry = _bare_entry(leaf)
             found = tuple(
-                Box(-1, 0, box_digest(digests), None, *(place if place[1] != leaf.shape else (None, None)))
-                for place, digests in boxes.get(path, {}).items()
+                Box(-1, 0, digest, None, *(place if place[1] != leaf.shape else (None, None)))
+                for place, digest in boxes.get(path, {}).items()
             )
             return msgspec.structs.replace(entry, boxes=found) if found else entry
         if isinstance(leaf, tree.Value):
@@ -219,65 +211,3 @@ def _places(array: tree.Array, other: Listing) -> Iterable[Place]:
 
 def _blocks(array: tree.Array, place: Place) -> int:
     return -(-math.prod(place[1]) * _bare_entry(array).itemsize // BLOCK_BYTES)
-
-
-def _jobs(items: Sequence[_Digesting], room: int) -> list[list[_Digesting]]:
-    """Pieces that are done together."""
-    jobs: list[list[_Digesting]] = []
-    left, count = 0, 0
-    for item in items:
-        if item.piece.nbytes > left or count >= _JOB_PIECES:
-            jobs.append([])
-            left, count = room, 0
-        jobs[-1].append(item)
-        left -= item.piece.nbytes
-        count += 1
-    return jobs
-
-
-def _digest_in_place(job: Sequence[_Digesting], bar: Progress) -> None:
-    for item in job:
-        assert item.piece.address is not None
-        found = block_digests(tensors.memory(item.piece.address, item.piece.nbytes))
-        item.digests[item.at : item.at + len(found)] = found
-    bar.add(sum(item.piece.nbytes for item in job))
-
-
-def _digest_staged(items: Sequence[_Digesting], budget: int, threads: int, bar: Progress, stop: crew.Stop) -> None:
-    views = [item.piece.view for item in items]
-    streams = SideStreams(view.device for view in views)
-    staging = staging_for(views, budget, threads)
-
-    def work(job: Sequence[_Digesting]) -> None:
-        with staging.lend(stop) as buffer:
-            at = 0
-            with streams.entered() as events:
-                for item in job:
-                    item.piece.stage(buffer, at)
-                    at += item.piece.nbytes
-            for event in events:
-                event.synchronize()
-            at = 0
-            for item in job:
-                found = block_digests(buffer.view[at : at + item.piece.nbytes])
-                item.digests[item.at : item.at + len(found)] = found
-                at += item.piece.nbytes
-        bar.add(at)
-
-    try:
-        jobs = _jobs(_cut(items, staging.window_bytes), staging.window_bytes)
-        crew.run(jobs, work, max(1, min(threads, staging.count, len(jobs))), stop, streams.on_device)
-    finally:
-        streams.join()
-        staging.close()
-
-
-def _cut(items: Sequence[_Digesting], most: int) -> list[_Digesting]:
-    """Pieces that a buffer holds, of whole blocks."""
-    found = []
-    for item in items:
-        piece = item.piece
-        for start in range(piece.start, piece.stop, most):
-            at = item.at + (start - piece.start) // BLOCK_BYTES * DIGEST_BYTES
-            found.append(_Digesting(Piece(piece.view, start, min(piece.stop, start + most), None), item.digests, at))
-    return found

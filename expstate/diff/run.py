@@ -60,7 +60,7 @@ def diff_live(old: SnapshotSource, app_state: Mapping[str, Stateful], options: D
     """Compare a snapshot with live state: of the snapshot what lies under the keys of the app state."""
     live = LiveState(app_state)
     before = _listing(old, {paths.quote(key) for key in app_state})
-    listings = (before, live.listing(before, budget=options.budget, progress=options.progress))
+    listings = (before, live.listing(before, old.manifest.fingerprint_key, budget=options.budget, progress=options.progress))
     with collector.paused():
         comparison = compare(*listings)
     facts = compare_classes({record.key: record.type for record in old.manifest.keys}, live.classes)

@@ -14,10 +14,11 @@ import msgspec
 import torch
 
 from expstate.diff.compare import placed
-from expstate.diff.live import Piece, pieces, staging_for
+from expstate.diff.live import pieces
 from expstate.diff.slabs import Slab, cut, slab_reads
 from expstate.diff.stats import Scratch, Sums, same_bytes
 from expstate.engine import crew
+from expstate.engine.inplace import Piece, staging_for
 from expstate.engine.memory import SLACK_BYTES
 from expstate.engine.read import Read, check_block, windows
 from expstate.engine.streams import SideStreams

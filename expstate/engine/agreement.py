@@ -29,8 +29,8 @@ def wait_for_first(ranks: Ranks, what: str) -> None:
     ranks.spread(what, b"" if ranks.is_first else None)
 
 
-def agree_on_id(request: TakeRequest) -> str:
-    """The id of the snapshot that all ranks take.
+def agree(request: TakeRequest, fingerprint_key: str) -> tuple[str, str]:
+    """The id of the snapshot that all ranks take, and the key of its fingerprints: that of the first rank.
 
     Raises
     ------
@@ -39,13 +39,15 @@ def agree_on_id(request: TakeRequest) -> str:
     """
     ranks = request.ranks
     if ranks.size == 1:
-        return names.new_id()
+        return names.new_id(), fingerprint_key
     given = {
         "path": request.storage.url,
         "keys of the app state": list(request.app_state),
         "replicated globs": list(request.replicated),
         "overwrite": request.overwrite,
         "check_replicated": request.check_replicated,
+        "dedup": request.dedup,
+        "trust_fingerprint": request.trust_fingerprint,
     }
     host = boot_id() or socket.gethostname()
     of_ranks = [msgspec.json.decode(data) for data in ranks.gather("given", msgspec.json.encode((given, host)))]
@@ -54,11 +56,10 @@ def agree_on_id(request: TakeRequest) -> str:
             if other[what] != value:
                 msg = f"all ranks must take the same: {what} is {value!r} on rank 0, and {other[what]!r} on rank {rank}"
                 raise InvalidArgumentError(msg)
-    agreed = msgspec.json.encode((names.new_id(), [host for _, host in of_ranks])) if ranks.is_first else None
-    snapshot_id, hosts = msgspec.json.decode(ranks.spread("id", agreed))
+    agreed = msgspec.json.encode((names.new_id(), fingerprint_key, [host for _, host in of_ranks])) if ranks.is_first else None
+    snapshot_id, key, hosts = msgspec.json.decode(ranks.spread("id", agreed), type=tuple[str, str, list[str]])
     ranks.local_size = hosts.count(host)
-    found: str = snapshot_id
-    return found
+    return snapshot_id, key
 
 
 Told: TypeAlias = tuple[str, str, str]

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from expstate.engine import annotate
-from expstate.engine.lease import decode_lease, encode_lease, is_dead
+from expstate.engine.lease import abandon, decode_lease, encode_lease, is_dead
 from expstate.errors import (
     ExpstateError,
     SnapshotExistsError,
@@ -25,7 +25,7 @@ from expstate.format import manifest as manifests
 from expstate.format import names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from expstate.engine.ranks import Ranks
     from expstate.format.manifest import Manifest
@@ -247,7 +247,7 @@ class Attempt:
 
     def finish(self) -> None:
         """Remove the files of the snapshot that was replaced, then the lease; what fails here is left to ``gc``."""
-        with contextlib.suppress(ExpstateError, OSError):
+        with self._abandoned_if_it_fails():
             if self.lease_files and self._action != "delete":
                 kept = set(_files_of(read_committed(self._storage)))
                 for name in self.lease_files:
@@ -260,7 +260,7 @@ class Attempt:
 
     def abort(self, created: Iterable[str]) -> None:
         """Remove what this attempt has put there, unless it turns out to be committed; what cannot be removed is left to ``gc``."""
-        with contextlib.suppress(ExpstateError, OSError):
+        with self._abandoned_if_it_fails():
             if self._holds_lease():
                 self._remove_temporary()
                 if self._is_committed():
@@ -272,10 +272,29 @@ class Attempt:
                 # The lease goes last, and only if nothing is left that it could lead to.
                 left = [name for name in dict.fromkeys((*created, *self.known)) if not self._removed(name)]
                 if left:
+                    self.abandon()
                     return
                 self._storage.delete(self._lease_name)
+            else:
+                self.abandon()  # it may be there, and what was read not what it is
             if self._made_folder:
                 self._storage.remove_folder()
+
+    def abandon(self) -> None:
+        """Leave the lease to ``gc``, which need not wait for the end of this process."""
+        if self._lease_data is not None:
+            abandon(self._lease_data)
+
+    @contextlib.contextmanager
+    def _abandoned_if_it_fails(self) -> Iterator[None]:
+        """For the last that the attempt does: nobody is told of an error, but what is left can be removed or taken over."""
+        try:
+            yield
+        except (ExpstateError, OSError):
+            self.abandon()
+        except BaseException:
+            self.abandon()
+            raise
 
     def note_files(self) -> None:
         """Look for the data files that there are of this attempt, whoever has written them: they are to go if it comes to nothing."""
@@ -360,13 +379,15 @@ class FollowingAttempt:
                 self._storage.delete(name)
 
 
-def read_manifest(storage: Storage) -> tuple[Manifest, bytes]:
+def read_manifest(storage: Storage, expect_digest: str | None = None) -> tuple[Manifest, bytes]:
     """The manifest of a snapshot, its digest checked but not what it says, and its bytes.
 
     Raises
     ------
     SnapshotNotFoundError
         If there is no committed snapshot.
+    SnapshotChangedError
+        If the manifest's digest is not the expected one.
     """
     try:
         data = storage.read(names.MANIFEST, limit=manifests.MAX_BYTES)
@@ -374,7 +395,7 @@ def read_manifest(storage: Storage) -> tuple[Manifest, bytes]:
         msg = f"no snapshot at {storage.url!r}"
         raise SnapshotNotFoundError(msg) from None
     try:
-        return manifests.decode(data), data
+        return manifests.decode(data, expect_digest), data
     except ExpstateError as error:
         msg = f"{storage.url!r}: {error}"
         raise type(error)(msg) from error
@@ -412,26 +433,31 @@ def delete(storage: Storage, *, force: bool = False, expected: tuple[str, str] |
     except SnapshotExistsError:
         raise
     except (FileExistsError, FileNotFoundError):
+        attempt.abandon()  # if the lease cannot be removed either
         attempt.release()
         msg = f"the snapshot at {storage.url!r} was replaced or deleted meanwhile"
         raise SnapshotReplacedError(msg) from None
     except BaseException:
-        # If it is gone in spite of the error, the lease leads gc to the rest.
+        attempt.abandon()
         with contextlib.suppress(ExpstateError, OSError):
-            if read_committed(storage) is not None:
+            if read_committed(storage) is None:  # gone in spite of the error
+                _delete_all(storage, attempt)
+            else:
                 attempt.release()
         raise
     try:
-        storage.flush()
         _delete_all(storage, attempt)
     except BaseException:
-        # There is no snapshot any more, so what was interrupted is carried on.
+        # There is no snapshot any more, so what was interrupted is carried on. The lease leads gc to what is left.
+        attempt.abandon()
         with contextlib.suppress(ExpstateError, OSError):
             _delete_all(storage, attempt)
         raise
 
 
 def _delete_all(storage: Storage, attempt: Attempt) -> None:
+    """Remove the files of a snapshot whose manifest is gone, once that is durable."""
+    storage.flush()
     for name in (*attempt.lease_files, *annotate.temporary_files(storage, attempt.id)):
         storage.delete(name)
     annotate.remove_others(storage, annotate.committed_id(storage))

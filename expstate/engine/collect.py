@@ -1,7 +1,8 @@
 """Garbage collection: what takes, copies and deletions left behind when their process died.
 
 Only folders with a dead lease are touched, and in them only files that carry the lease's attempt in their names or that the lease
-names, and that no manifest there needs. Where a manifest is damaged, nothing is touched.
+names, and that no manifest there needs. Where a manifest is damaged, nothing is touched. Edits of annotations and questions for the time
+have no lease: what one was writing is told by its name, and goes when it is old.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class Leftover:
     attempt : str
         The attempt's id.
     action : str
-        What it was doing: ``"take"``, ``"copy"`` or ``"delete"``.
+        What it was doing: ``"take"``, ``"copy"`` or ``"delete"``; or ``"edit"``, of what was added to the snapshot of this attempt; or
+        ``"clock"``, asking an object store for the time.
     files : tuple of str
-        Names of the files, the lease last.
+        Names of the files, the lease last if there is one.
     nbytes : int
-        Bytes in them.
+        Bytes in them that get free: a file that another snapshot has too stays there.
     """
 
     url: str
@@ -97,6 +99,10 @@ def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
             files = {info.name: info for info in storage.list()}
         except FileNotFoundError:
             continue
+        for scrap in _scraps(storage, files):
+            if not dry_run:
+                _delete(storage, scrap.files)
+            removed.append(scrap)
         leases = _leases(files)
         if not leases:
             continue
@@ -115,10 +121,32 @@ def collect(storages: Iterable[Storage], *, dry_run: bool) -> GcReport:
     return GcReport(tuple(removed), tuple(alive), tuple(damaged))
 
 
-def _remove(storage: Storage, leftover: Leftover, needed: set[str]) -> None:
-    *files, lease = leftover.files
+def _scraps(storage: Storage, files: dict[str, FileInfo]) -> list[Leftover]:
+    """What was there for a moment when a process died or could not remove it: no such moment is a day."""
+    written: dict[tuple[str, str], list[FileInfo]] = {}
+    for name in sorted(files):
+        scrap = names.scrap_of(name)
+        if scrap is not None:
+            written.setdefault(scrap, []).append(files[name])
+    if not written:
+        return []
+    now = storage.clock()
+    old = {scrap: [info for info in infos if now - info.modified_at > LEASE_SECONDS] for scrap, infos in written.items()}
+    return [
+        Leftover(storage.url, attempt, action, tuple(info.name for info in infos), sum(info.size for info in infos))
+        for (action, attempt), infos in old.items()
+        if infos
+    ]
+
+
+def _delete(storage: Storage, files: Iterable[str]) -> None:
     for file in files:
         storage.delete(file)
+
+
+def _remove(storage: Storage, leftover: Leftover, needed: set[str]) -> None:
+    *files, lease = leftover.files
+    _delete(storage, files)
     # A server may have stored the last that a dead process sent it only now.
     for info in list(storage.list()):
         if info.name not in needed and names.is_of_attempt(info.name, leftover.attempt):
@@ -180,20 +208,22 @@ def _dead(storage: Storage, files: dict[str, FileInfo], lease_name: str, needed:
     theirs = [name for name in files if name not in needed and name != lease_name and (name in named or names.is_of_attempt(name, attempt))]
     # The lease goes last: as long as it is there, what is left can be found again.
     everything = (*sorted(theirs), lease_name)
-    return Leftover(storage.url, attempt, action, everything, sum(files[name].size for name in everything))
+    shared = storage.links(everything)
+    return Leftover(storage.url, attempt, action, everything, sum(files[name].size for name in everything if name not in shared))
 
 
 def local_folders(root: str) -> Iterator[Storage]:
-    """A storage for each folder below ``root`` that holds a lease, ``root`` among them; links are not followed."""
+    """A storage for each folder below ``root`` that holds a lease or a scrap, ``root`` among them; links are not followed."""
     for folder, _, files in os.walk(root):
-        if any(names.attempt_of_lease(name) for name in files):
+        if any(names.attempt_of_lease(name) or names.scrap_of(name) for name in files):
             yield LocalStorage(folder)
 
 
 def gc(path: str | os.PathLike[str], *, dry_run: bool = False) -> GcReport:
     """Remove what takes, copies and deletions left in a folder, and in those below it, when their process died.
 
-    Only files of attempts that are provably dead are removed: their process on this machine is gone, or they gave no sign for 24 hours.
+    Only files of attempts that are provably dead are removed: their process on this machine is gone, or is this one and knows that they are
+    over, or they gave no sign for 24 hours. What was there for a moment only, of a tag, a note or the like, goes when it is as old.
 
     Parameters
     ----------

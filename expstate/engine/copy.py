@@ -16,7 +16,7 @@ from expstate.engine.attempt import Attempt
 from expstate.engine.digest import block_digests
 from expstate.engine.verify import check_headers
 from expstate.engine.windows import Fragment, WriteWindow, write_windows
-from expstate.errors import SnapshotCorruptError, SnapshotExistsError, SnapshotWriteError, UnsupportedFormatError
+from expstate.errors import SnapshotCorruptError, SnapshotExistsError, SnapshotReplacedError, SnapshotWriteError, UnsupportedFormatError
 from expstate.format import annotations as added
 from expstate.format import manifest as manifests
 from expstate.format import names
@@ -114,7 +114,12 @@ class _Copy:
 
     def _is_copied_there(self, file: DataFile) -> bool:
         self.created.append(file.name)
-        if not self._target.copy_file(file.name, self._source, file.name):
+        try:
+            is_copied = self._target.copy_file(file.name, self._source, file.name)
+        except FileNotFoundError:
+            msg = f"{self._source.url}/{file.name} was replaced or removed while it was copied: open the snapshot anew"
+            raise SnapshotReplacedError(msg) from None
+        if not is_copied:
             self.created.remove(file.name)
             return False
         self._progress.add(file.size)
@@ -217,10 +222,15 @@ def _files(source: SnapshotSource) -> tuple[list[DataFile], list[bytes], list[st
     files = [DataFile(record.name, b"", record.size) for record in manifest.files]
     digests: list[bytes] = []
     entry_paths: list[str] = []
+    seen: set[tuple[int, int]] = set()
     for entry in manifest.entries:
         if not isinstance(entry, (TensorEntry, ObjectEntry)):
             continue
         for box, nbytes in source.box_sizes(entry):
+            if nbytes:
+                if (box.file, box.offset) in seen:
+                    continue  # another box of equal content
+                seen.add((box.file, box.offset))
             files[box.file].boxes.append(PlacedBox(len(digests), 0, nbytes, box.offset))
             digests.append(source.block_digests(entry.path, box, nbytes) if nbytes else b"")
             entry_paths.append(entry.path)

@@ -9,7 +9,8 @@ import torch
 from expstate.engine import crew, memory
 from expstate.engine.devices import usable_device
 from expstate.engine.read import PieceReader, Read
-from expstate.errors import InvalidArgumentError, ManifestError, PickleNotAllowedError, RestoreMismatchError
+from expstate.engine.report import bytes_text
+from expstate.errors import InvalidArgumentError, ManifestError, MemoryBudgetError, PickleNotAllowedError, RestoreMismatchError
 from expstate.format.manifest import AliasEntry, ContainerEntry, Entry, ObjectEntry, TensorEntry, ValueEntry
 from expstate.progress import Progress
 from expstate.state import numpy_arrays, tensors, tree
@@ -52,6 +53,19 @@ def allocate(entry: TensorEntry, device: torch.device, shape: tuple[int, ...] | 
     return tensor.requires_grad_(entry.requires_grad) if entry.requires_grad else tensor, tensor.detach()
 
 
+def check_room(source: SnapshotSource, nbytes: int) -> None:
+    """Refuse what cannot be held: equal tensors are stored once, so that few bytes of files can be many in memory.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If so many bytes are more than the files hold, and more than the memory that is available.
+    """
+    if nbytes > sum(file.size for file in source.files if file is not None) and nbytes > (available := memory.available_bytes()):
+        msg = f"{bytes_text(nbytes)} of new memory are needed, and {bytes_text(available)} are available; read fewer entries at a time"
+        raise MemoryBudgetError(msg)
+
+
 def read_all(source: SnapshotSource, reads: Sequence[Read], budget: int, *, verify: bool) -> None:
     """Do reads outside a restore."""
     threads, budget = memory.means(source.storage, budget)
@@ -80,9 +94,13 @@ def read_tree(source: SnapshotSource, path: str, *, device: torch.device | None,
         If there is no such entry.
     PickleNotAllowedError
         If it needs ``trust``; the message names every such entry below the path.
+    MemoryBudgetError
+        If equal tensors, which are stored once, would need more memory than is available.
     """
     entries = source.subtree(path)
     with source.opened(source.files_of(entries)) as opened:
+        arrays = {found.path: found.nbytes for entry in entries if isinstance(found := opened.resolve(entry), TensorEntry)}
+        check_room(opened, sum(arrays.values()))
         values = _decode_objects(opened, entries, budget, trust=trust)
         made: dict[str, Any] = {}
         reads: list[Read] = []

@@ -34,6 +34,19 @@ class Lease(msgspec.Struct, frozen=True, omit_defaults=True):
     files: tuple[str, ...] = ()
 
 
+# Made now, in one thread: msgspec crashes where several come at once to a type that was never decoded.
+_decode = msgspec.json.Decoder(Lease).decode
+_abandoned: set[Lease] = set()
+"""Leases of attempts of this process that are over, and may not have been able to remove them."""
+
+
+def abandon(data: bytes) -> None:
+    """Count this lease of this process as dead from now on, though the process lives."""
+    lease = decode_lease(data)
+    if lease is not None:
+        _abandoned.add(lease)
+
+
 def _first_line(path: str) -> str | None:
     try:
         with open(path, encoding="ascii", errors="replace") as file:
@@ -67,8 +80,10 @@ def is_dead(lease: Lease, modified_at: float, now: float) -> bool:
     """Whether nobody is at work under this lease any more.
 
     A process of this boot and namespace is looked for, however old the lease is; any other counts as dead when the lease was not
-    renewed for ``LEASE_SECONDS`` by the storage's clock.
+    renewed for ``LEASE_SECONDS`` by the storage's clock. What this process has abandoned is dead.
     """
+    if lease in _abandoned:
+        return True
     boot = boot_id()
     if boot is not None and (lease.boot, lease.namespace) == (boot, process_namespace()):
         return lease.started is None or start_time(lease.pid) != lease.started
@@ -86,6 +101,6 @@ def encode_lease(snapshot_id: str, action: str, files: Iterable[str]) -> bytes:
 def decode_lease(data: bytes) -> Lease | None:
     """The lease in these bytes, or None if they hold none."""
     try:
-        return msgspec.json.decode(data, type=Lease)
+        return _decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None

@@ -123,7 +123,12 @@ class Buffer:
             self.address = self._tensor.data_ptr()
             self.view = memoryview((ctypes.c_ubyte * size).from_address(self.address)).cast("B")
             return
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:  # a limit of the process, or a system that lends no more than it has
+            reason = f"the system gives no memory for a buffer of {size:,} bytes ({error.strerror})"
+            msg = f"{reason}; free some, or give a smaller memory_budget_bytes"
+            raise MemoryBudgetError(msg) from error
         for advice in _ADVICE:
             with contextlib.suppress(OSError):  # a kernel without it
                 self._map.madvise(advice)
@@ -313,6 +318,19 @@ class Staging:
     def close() -> None:
         """The operation is over: idle memory is freed after ``staging_idle_seconds``."""
         _pool.free_when_idle(settings.current().staging_idle_seconds)
+
+
+def whole(size: int, budget: int) -> Buffer:
+    """A buffer of another size, such as holds a whole state: one that is idle, or a new one; with the idle ones within ``budget``."""
+    found = _pool.take(size, None)  # before others make room: it may be the one that would have to go
+    _pool.trim(max(0, budget - size))
+    return found or Buffer(size, None)
+
+
+def give_back(buffer: Buffer) -> None:
+    """Put a buffer of ``whole`` with the idle ones, which are freed after ``staging_idle_seconds``."""
+    _pool.give(buffer)
+    Staging.close()
 
 
 def free_idle() -> None:

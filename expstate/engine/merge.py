@@ -93,6 +93,7 @@ def _moved(entry: Entry, first: int) -> Entry:
             (box.blocks[0] + first, box.blocks[1]) if isinstance(box.blocks, tuple) else box.blocks,
             box.starts,
             box.sizes,
+            box.fingerprint,
         )
         for box in entry.boxes
     )

@@ -1,7 +1,7 @@
 """What one rank writes of a snapshot: leaves laid out in data files, moved, and described as the entries of a manifest.
 
-``PartWriter`` is given the leaves of each key; ``write`` (or ``stage`` and later ``write_staged``) moves them, and ``record`` gives the
-``RankPart`` that is merged with those of the other ranks.
+``PartWriter`` is given the leaves of each key; ``write`` (or ``stage`` and later ``write_staged``) finds out what earlier snapshots hold
+and moves the rest, and ``record`` gives the ``RankPart`` that is merged with those of the other ranks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from expstate import collector
-from expstate.engine import memory
+from expstate.engine import arrays, memory
+from expstate.engine.arrays import Arrays
+from expstate.engine.capture import Copies, capture
 from expstate.engine.digest import box_digest
+from expstate.engine.link import Linker
 from expstate.engine.merge import RankPart
+from expstate.engine.placement import Place, Placement, place
 from expstate.engine.write import FilesWriter
 from expstate.errors import NeedsTrustWarning, UnsupportedValueError
-from expstate.format.layout import BYTES, DataFile, Source, lay_out
+from expstate.format.layout import DataFile, PlacedBox, Source, lay_out
 from expstate.format.manifest import (
     DIGEST_BYTES,
     INLINE_BLOCKS,
@@ -25,18 +29,19 @@ from expstate.format.manifest import (
     Box,
     ContainerEntry,
     Entry,
+    FileRecord,
     ObjectEntry,
     TensorEntry,
     ValueEntry,
 )
 from expstate.state import tree
 from expstate.state.objects import PickledObject, pickle_object
-from expstate.state.tensors import ITEM_SIZES, NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from expstate.engine import crew, share
+    from expstate.engine.placement import Comparison
     from expstate.format.names import FileNamer
     from expstate.storage.base import Storage
 
@@ -60,14 +65,18 @@ class PartWriter:
     stop : crew.Stop
         Ends the work.
     written : callable
-        Is given the number of bytes of the state that were written.
+        Is given the number of bytes of the state that were written, or need not be.
     went_on : callable
-        Is called when something else was written: digests.
+        Is called when something else was done: digests.
+    comparison : Comparison, optional
+        What need not be written.
+    device_staging_bytes : int, optional
+        Most memory of each accelerator for copies of what lies there; None for what is free but for a reserve.
 
     Attributes
     ----------
     total_bytes : int
-        Bytes of the tensors and objects that this rank writes.
+        Bytes of the tensors and objects that are this rank's to write.
     needing_trust : list of (str, str)
         Paths of objects that only ``trust=True`` will bring back, and why.
     """
@@ -81,6 +90,8 @@ class PartWriter:
         stop: crew.Stop,
         written: Callable[[int], None],
         went_on: Callable[[], None],
+        comparison: Comparison | None = None,
+        device_staging_bytes: int | None = None,
     ) -> None:
         self._storage = storage
         self._namer = namer
@@ -89,29 +100,26 @@ class PartWriter:
         self._stop = stop
         self._written = written
         self._went_on = went_on
+        self._comparison = comparison
+        self._device_staging_bytes = device_staging_bytes
         self._leaves: list[tree.Leaf] = []
-        self._sources: list[torch.Tensor] = []
-        self._addresses: list[int | None] = []
-        self._placed: list[Source] = []
-        self._devices: list[str] = []
-        self._numbers_of: dict[str, range] = {}
+        self._arrays = Arrays()
         self._objects: dict[str, PickledObject] = {}
         self._types: dict[str, str] = {}
         self._of_all: dict[str, str] = {}
-        self._files: list[DataFile] = []
+        self._linker = Linker(storage, namer, went_on)
+        self._placement = Placement()
+        self._tables: list[FileRecord] = []
+        self._copies: Copies | None = None
         self._writers: list[FilesWriter] = []
         self._staging: memory.Staging | None = None
+        self.total_bytes = 0
         self.needing_trust: list[tuple[str, str]] = []
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of what is laid out so far."""
-        return sum(box.nbytes for file in self._files for box in file.boxes)
 
     @property
     def created(self) -> list[str]:
         """Names of the files that were begun."""
-        return [name for writer in self._writers for name in writer.created]
+        return [*self._linker.created, *(name for writer in self._writers for name in writer.created)]
 
     # What to write
 
@@ -146,17 +154,17 @@ class PartWriter:
         addresses: list[int | None] = []
         for leaf in leaves:
             if isinstance(leaf, tree.Array) and leaf.path not in of_all:
-                sources.append(_source(leaf))
+                sources.append(arrays.source(leaf))
                 tensors.append(leaf.tensor)
                 addresses.append(leaf.address)
             elif isinstance(leaf, (tree.Array, tree.Sharded)):
                 for piece in pieces.get(leaf.path, ()):
-                    sources.append(_piece_source(leaf, piece))
+                    sources.append(arrays.piece_source(leaf, piece))
                     tensors.append(piece.tensor)
                     addresses.append(piece.address)
         aliases = [(leaf.path, leaf.target) for leaf in leaves if isinstance(leaf, tree.Alias)]
         if sources:
-            self._add_files(key, sources, tensors, addresses, aliases)
+            self.total_bytes += self._arrays.add(key, sources, tensors, addresses, aliases)
         self._add_objects(key, [leaf for leaf in leaves if isinstance(leaf, tree.Object)], is_first=is_first)
 
     def _add_objects(self, key: str, objects: Sequence[tree.Object], *, is_first: bool) -> None:
@@ -175,32 +183,19 @@ class PartWriter:
             # In a file of their own: the key's file holds its tensors and nothing else.
             stored = [self._objects[leaf.path].data for leaf in objects]
             sources = [Source(leaf.path, "uint8", (len(data),), 1) for leaf, data in zip(objects, stored, strict=True)]
-            held = [_bytes_tensor(data) for data in stored]
-            self._add_files(f"{key}.objects", sources, held, [tensor.data_ptr() for tensor in held])
-
-    def _add_files(
-        self,
-        stem: str,
-        sources: Sequence[Source],
-        tensors: Sequence[torch.Tensor],
-        addresses: Sequence[int | None],
-        aliases: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        first = len(self._sources)
-        self._sources += tensors
-        self._addresses += addresses
-        self._placed += sources
-        self._devices += map(device_name, tensors)
-        for number, source in enumerate(sources, first):
-            before = self._numbers_of.get(source.path)
-            self._numbers_of[source.path] = range(number, number + 1) if before is None else range(before.start, number + 1)
-        self._files += lay_out(stem, sources, aliases, self._namer, self._storage.data_file_bytes, first=first)
+            held = [arrays.bytes_tensor(data) for data in stored]
+            self.total_bytes += self._arrays.add(f"{key}.objects", sources, held, [tensor.data_ptr() for tensor in held])
 
     # Moving
 
-    def _writer(self, files: Sequence[DataFile], sources: Sequence[torch.Tensor], addresses: Sequence[int | None]) -> FilesWriter:
+    def _means(self) -> tuple[int, int]:
+        """Threads to work with, and the bytes that buffers may have."""
         ranks = self._local_ranks
         threads, budget = memory.means(self._storage, memory.budget_bytes(self._budget, ranks), ranks)
+        return threads, budget - (0 if self._copies is None else self._copies.host_bytes)
+
+    def _writer(self, files: Sequence[DataFile], sources: Sequence[torch.Tensor], addresses: Sequence[int | None]) -> FilesWriter:
+        threads, budget = self._means()
         if self._staging is None:
             pinned_for = next((tensor.device.type for tensor in sources if not tensor.is_cpu), None)
             self._staging = memory.Staging(budget, threads, pinned_for)
@@ -211,20 +206,57 @@ class PartWriter:
         self._writers.append(writer)
         return writer
 
+    def _place(self) -> FilesWriter:
+        """Find a place for everything; what writes that which is nowhere yet."""
+        with collector.paused():
+            self._placement = place(
+                self._arrays,
+                self._comparison,
+                self._namer,
+                self._storage.data_file_bytes,
+                self._linker,
+                budget=self._means()[1],
+                stop=self._stop,
+                done=lambda _: self._went_on(),
+            )
+        placement = self._placement
+        found = sum(item.box.nbytes for item in placement.held) + sum(item.box.nbytes for item in placement.equal)
+        if found:
+            self._written(found)
+        return self._writer(self._placement.files, self._arrays.tensors, self._arrays.addresses)
+
     def write(self) -> None:
-        """Stage, digest and write everything; the state must not change meanwhile."""
-        self._writer(self._files, self._sources, self._addresses).write_now()
+        """Stage, digest and write what has changed; the state must not change meanwhile."""
+        self._place().write_now()
 
     def stage(self) -> None:
-        """Copy everything, so that the state may change; what the budget does not hold at once is written meanwhile."""
-        self._writer(self._files, self._sources, self._addresses).stage_all()
-        # And now the copies are.
-        self._sources = []
-        self._leaves = [_without_values(leaf) for leaf in self._leaves]
+        """Copy what is to be written, so that the state may change; what the budget does not hold at once is written meanwhile."""
+        self._copies = self._capture()
+        if self._copies is None:
+            self._place().stage_all()
+            # And now the copies are.
+            self._arrays.forget()
+        else:
+            self._arrays.tensors, self._arrays.addresses = self._copies.tensors, self._copies.addresses
+        self._leaves = [arrays.without_values(leaf) for leaf in self._leaves]
+
+    def _capture(self) -> Copies | None:
+        """Copies of everything: then what has changed is found out later. Without them it is found out first, and that alone is staged."""
+        finds_something = self._comparison is not None and self._comparison.finds_something
+        if not finds_something and all(tensor.is_cpu for tensor in self._arrays.tensors):
+            return None  # all of it will be written: it is staged as it is written
+        budget = self._means()[1]
+        return capture(self._arrays.tensors, self._arrays.addresses, budget, self._device_staging_bytes, self._stop)
 
     def write_staged(self) -> None:
         """Digest and write what ``stage`` has copied."""
-        self._writers[0].finish_staged()
+        if self._copies is None:
+            self._writers[0].finish_staged()
+            return
+        self._copies.wait()
+        self.write()
+        self._arrays.forget()
+        self._copies.close()
 
     # What was written
 
@@ -238,46 +270,66 @@ class PartWriter:
         """
         with collector.paused():
             boxes = self._boxes()
-            files = tuple(file.record for file in self._files)
-            return RankPart(files, tuple(self._entry(leaf, boxes, rank) for leaf in self._leaves))
+            files = tuple(file.record for file in self._placement.files)
+            entries = tuple(self._entry(leaf, boxes, rank) for leaf in self._leaves)
+            return RankPart((*files, *self._placement.links, *self._tables), entries)
 
     def _boxes(self) -> dict[int, list[Box]]:
-        """The boxes of each source as the manifest records them."""
-        placed = [
-            (number, box, digests)
-            for number, (file, per_box) in enumerate(zip(self._files, self._writers[0].digests, strict=True))
+        """The boxes of each array as the manifest records them, in order."""
+        placement = self._placement
+        placed: list[tuple[PlacedBox, int, int, bytes | bytearray]] = [
+            (box, number, box.offset, digests)
+            for number, (file, per_box) in enumerate(zip(placement.files, self._writers[0].digests, strict=True))
             for box, digests in zip(file.boxes, per_box, strict=True)
         ]
-        tables = self._write_tables([digests for _, _, digests in placed if len(digests) > INLINE_BLOCKS * DIGEST_BYTES])
+        first = len(placement.files)
+        placed += [(box, first + number, held.box.offset, blocks) for box, number, held, blocks in placement.held]
+        tables = self._write_tables([digests for *_, digests in placed if len(digests) > INLINE_BLOCKS * DIGEST_BYTES])
         boxes: dict[int, list[Box]] = {}
-        for number, box, digests in placed:
+        at: dict[Place, Box] = {}
+        for box, number, offset, digests in placed:
             blocks: bytes | tuple[int, int] | None = None
             if len(digests) > INLINE_BLOCKS * DIGEST_BYTES:
                 blocks = tables.pop(0)
             elif len(digests) > DIGEST_BYTES:
                 blocks = bytes(digests)
-            starts = sizes = None
-            placed_at, shape = self._placed[box.source].starts, self._placed[box.source].shape
-            if box.rows is not None:
-                first = 0 if placed_at is None else placed_at[0]
-                starts = (first + box.rows[0], *((0,) * (len(shape) - 1) if placed_at is None else placed_at[1:]))
-                sizes = (box.rows[1] - box.rows[0], *shape[1:])
-            elif placed_at is not None:
-                starts, sizes = placed_at, shape
-            boxes.setdefault(box.source, []).append(Box(number, box.offset, box_digest(digests), blocks, starts, sizes))
+            record = Box(number, offset, box_digest(digests), blocks, *self._box_place(box), self._fingerprint(box))
+            boxes.setdefault(box.source, []).append(record)
+            if placement.equal:
+                at[box.source, box.first_byte] = record
+        for box, other in placement.equal:
+            same = at[other]
+            record = Box(same.file, same.offset, same.digest, same.blocks, *self._box_place(box), self._fingerprint(box))
+            boxes.setdefault(box.source, []).append(record)
+        if placement.held or placement.equal:
+            for found in boxes.values():
+                found.sort(key=lambda box: box.starts or ())
         return boxes
 
-    def _write_tables(self, tables: Sequence[bytearray]) -> list[tuple[int, int]]:
+    def _fingerprint(self, box: PlacedBox) -> bytes | None:
+        return self._placement.fingerprints.get((box.source, box.first_byte))
+
+    def _box_place(self, box: PlacedBox) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Where a box begins in the whole, and its sizes; nothing if it is the whole."""
+        form = self._arrays.sources[box.source]
+        if box.rows is None:
+            return (None, None) if form.starts is None else (form.starts, form.shape)
+        first = 0 if form.starts is None else form.starts[0]
+        starts = (first + box.rows[0], *((0,) * (len(form.shape) - 1) if form.starts is None else form.starts[1:]))
+        return starts, (box.rows[1] - box.rows[0], *form.shape[1:])
+
+    def _write_tables(self, tables: Sequence[bytes | bytearray]) -> list[tuple[int, int]]:
         """Write long lists of block digests to files of their own; where each lies."""
         if not tables:
             return []
         sources = [Source(f"digests/{index}", "uint8", (len(table),), 1) for index, table in enumerate(tables)]
         files = lay_out("digests", sources, (), self._namer, self._storage.data_file_bytes)
-        held = [torch.frombuffer(table, dtype=torch.uint8) for table in tables]
+        held = [torch.frombuffer(bytearray(table), dtype=torch.uint8) for table in tables]
         writer = self._writer(files, held, [tensor.data_ptr() for tensor in held])
         writer.write_now()
-        places = {box.source: (len(self._files) + number, box.offset) for number, file in enumerate(files) for box in file.boxes}
-        self._files += files
+        first = len(self._placement.files) + len(self._placement.links)
+        places = {box.source: (first + number, box.offset) for number, file in enumerate(files) for box in file.boxes}
+        self._tables = [file.record for file in files]
         return [places[index] for index in range(len(tables))]
 
     def _entry(self, leaf: tree.Leaf, boxes: Mapping[int, list[Box]], rank: int | None) -> Entry:
@@ -285,9 +337,9 @@ class PartWriter:
         path = leaf.path
         rank = None if path in self._of_all else rank
         if kind is tree.Array or kind is tree.Sharded:
-            numbers = self._numbers_of.get(path, range(0))
+            numbers = self._arrays.numbers_of.get(path, range(0))
             placed = tuple(boxes[numbers.start]) if len(numbers) == 1 else tuple(box for number in numbers for box in boxes[number])
-            device = self._devices[numbers.start] if numbers else self._of_all[path]
+            device = self._arrays.devices[numbers.start] if numbers else self._of_all[path]
             return TensorEntry(path, leaf.dtype, leaf.shape, placed, leaf.kind, leaf.requires_grad, device, rank)  # type: ignore[union-attr]
         if kind is tree.Value:
             return ValueEntry(path, leaf.encoded, rank)  # type: ignore[union-attr]
@@ -296,7 +348,7 @@ class PartWriter:
         if kind is tree.Alias:
             return AliasEntry(path, leaf.target, rank)  # type: ignore[union-attr]
         pickled = self._objects[path]
-        written = tuple(boxes[self._numbers_of[path].start]) if path in self._numbers_of else ()
+        written = tuple(boxes[self._arrays.numbers_of[path].start]) if path in self._arrays.numbers_of else ()
         return ObjectEntry(path, self._types[path], len(pickled.data), pickled.needs_trust, written, rank)
 
     # Ending
@@ -307,15 +359,13 @@ class PartWriter:
             writer.abort()
 
     def close(self) -> None:
-        """Let go of the staging memory and of the state."""
+        """Let go of the staging memory, of the state, and of what it was compared with."""
+        if self._copies is not None:
+            self._copies.close()
         if self._staging is not None:
             self._staging.close()
-        self._sources = []
-
-
-def device_name(tensor: torch.Tensor) -> str:
-    """Where a tensor lies, as entries record it."""
-    return "cpu" if tensor.is_cpu else str(tensor.device)
+        self._arrays.forget()
+        self._comparison, self._placement = None, Placement()
 
 
 def warn_of_trust(needing_trust: Sequence[tuple[str, str]], stacklevel: int = 3) -> None:
@@ -328,53 +378,3 @@ def warn_of_trust(needing_trust: Sequence[tuple[str, str]], stacklevel: int = 3)
             NeedsTrustWarning,
             stacklevel=stacklevel,
         )
-
-
-def _source(leaf: tree.Array) -> Source:
-    if leaf.kind == "numpy" and leaf.tensor.dtype == torch.uint8 and leaf.dtype != "|u1":
-        native = _NUMPY_TO_TORCH.get(leaf.dtype)
-        if native is not None:
-            return Source(leaf.path, native, leaf.shape, torch.empty(0, dtype=getattr(torch, native)).element_size())
-        return Source(leaf.path, BYTES, (leaf.tensor.numel(),), 1)
-    if leaf.kind == "numpy":
-        return Source(leaf.path, NAMES[leaf.tensor.dtype], leaf.shape, leaf.tensor.element_size())
-    return Source(leaf.path, leaf.dtype, leaf.shape, ITEM_SIZES[leaf.dtype])
-
-
-def _piece_source(leaf: tree.Array | tree.Sharded, piece: share.Piece) -> Source:
-    if piece.starts is None and isinstance(leaf, tree.Array):
-        return _source(leaf)
-    tensor = piece.tensor
-    return Source(leaf.path, NAMES[tensor.dtype], tuple(tensor.shape), tensor.element_size(), piece.starts)
-
-
-_NUMPY_TO_TORCH = {
-    "|b1": "bool",
-    "|i1": "int8",
-    "<i2": "int16",
-    "<i4": "int32",
-    "<i8": "int64",
-    "<u2": "uint16",
-    "<u4": "uint32",
-    "<u8": "uint64",
-    "<f2": "float16",
-    "<f4": "float32",
-    "<f8": "float64",
-    "<c8": "complex64",
-}
-
-
-def _bytes_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _without_values(leaf: tree.Leaf) -> tree.Leaf:
-    if isinstance(leaf, tree.Array):
-        return tree.Array(leaf.path, leaf.kind, leaf.dtype, leaf.shape, torch.empty(0, device="cpu"), None, leaf.requires_grad)
-    if isinstance(leaf, tree.Sharded):
-        return tree.Sharded(leaf.path, leaf.kind, leaf.dtype, leaf.shape, (), (), None, leaf.requires_grad)
-    if isinstance(leaf, tree.Container):
-        return tree.Container(leaf.path, leaf.type, leaf.meta, None)
-    if isinstance(leaf, tree.Value):
-        return tree.Value(leaf.path, None, leaf.encoded)
-    return tree.Alias(leaf.path, leaf.target, None) if isinstance(leaf, tree.Alias) else tree.Object(leaf.path, None)

@@ -138,6 +138,9 @@ class _Group(Ranks):
         self._gone: set[int] = set()
         self._watcher = threading.Thread(target=self._watch, name="expstate-ranks", daemon=True)
         self._put("process", json.dumps(this_process()).encode(), of=self.rank)
+        with self._reachable():
+            # Not left to the watcher: who is killed before that begins would not be missed until the timeout.
+            self._store.set(f"{self._prefix}beat/{self.rank}", "0 0 0")
         self._watcher.start()
 
     def group_rank(self, global_rank: int) -> int | None:
@@ -348,7 +351,7 @@ class _Group(Ranks):
 
     def _look_at(self, rank: int, watched: Watched) -> None:
         beat = self._beat_of(rank)
-        if beat == "closed":
+        if beat == "closed" or self._ended.is_set():
             return
         if beat:
             process = self._process_of(rank)
@@ -376,7 +379,9 @@ class _Group(Ranks):
 
     def _clean_up(self) -> None:
         """Remove what this rank has given, and if it is the last to leave all that is left."""
-        spread = {f"{self._prefix}{name}" for name in self._spread}
+        # Others may look up whose a rank is when it has left already; to ask for what is not there any more would be to wait for it.
+        processes = [f"process/{rank}" for rank in range(self.size)]
+        spread = {f"{self._prefix}{name}" for name in (*self._spread, *processes)}
         own = [key for key in self._given if not any(key == name or key.startswith(f"{name}/") for name in spread)]
         for key in own:
             self._store.delete_key(key)
@@ -427,6 +432,13 @@ def position(pg: Any) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
+def check_timeout(timeout: object) -> None:
+    """Refuse what is no positive number of seconds, nor None."""
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+        msg = f"timeout must be a positive number of seconds, got {timeout!r}"
+        raise InvalidArgumentError(msg)
+
+
 def join(pg: Any, timeout: float | None = None) -> Ranks:
     """The ranks of an operation that begins on all of them now.
 
@@ -442,8 +454,6 @@ def join(pg: Any, timeout: float | None = None) -> Ranks:
     InvalidArgumentError
         If ``pg`` is no process group of this rank, or the timeout is not positive.
     """
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
-        msg = f"timeout must be a positive number of seconds, got {timeout!r}"
-        raise InvalidArgumentError(msg)
+    check_timeout(timeout)
     group = group_of(pg)
     return Ranks() if group is None else _Group(group, TIMEOUT_SECONDS if timeout is None else float(timeout))

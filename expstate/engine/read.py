@@ -199,10 +199,11 @@ class PieceReader:
         self._lock = threading.Lock()
         self._streams = SideStreams([])
         self._left: dict[int, list[Read]] = {}
+        self._has_begun = False
 
-    def unfinished(self) -> set[str]:
-        """Paths of entries whose bytes are not all in place."""
-        return {read.path for window in self._left.values() for read in window}
+    def unfinished(self) -> set[str] | None:
+        """Paths of entries whose bytes are not all in place; None before any are."""
+        return None if not self._has_begun else {read.path for window in self._left.values() for read in window}
 
     def run(self, reads: Sequence[Read]) -> None:
         """Do all reads; returns when the values are in place, or on an accelerator when what is queued next will see them."""
@@ -211,6 +212,7 @@ class PieceReader:
             is_remote = any(file is not None and file.is_remote for file in self._files)
             jobs = windows(reads, self._staging.window_bytes, _REMOTE_GAP_BYTES if is_remote else _JOIN_GAP_BYTES)
         self._left = {id(job): job for job in jobs}
+        self._has_begun = True
         try:
             threads = max(1, min(self._threads, self._staging.count, len(jobs)))
             crew.run(jobs, self._do, threads, self._stop, self._streams.on_device)

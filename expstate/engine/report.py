@@ -26,6 +26,26 @@ def bytes_text(nbytes: int) -> str:
     return ""
 
 
+def size_text(nbytes: int, nbytes_written: int) -> str:
+    """The size of a snapshot, and what its take wrote where that is less: the rest lies in files of earlier snapshots.
+
+    >>> size_text(91 * 2**20, 91 * 2**20 + 4096), size_text(91 * 2**20, 4096)
+    ('91 MiB', '91 MiB, 4 KiB of it written')
+    """
+    more = f", {bytes_text(nbytes_written)} of it written" if nbytes_written < nbytes else ""
+    return bytes_text(nbytes) + more
+
+
+def freed_text(nbytes: int, nbytes_freed: int | None) -> str:
+    """The size of snapshots that go, and what gets free where that is less: others share the rest.
+
+    >>> freed_text(91 * 2**20, 91 * 2**20 + 5000), freed_text(91 * 2**20, 4096)
+    ('91 MiB', '91 MiB, of which 4 KiB get free')
+    """
+    more = f", of which {bytes_text(nbytes_freed)} get free" if nbytes_freed is not None and nbytes_freed < nbytes else ""
+    return bytes_text(nbytes) + more
+
+
 def counted(count: int, what: str) -> str:
     """So many of something.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from expstate import settings
 from expstate.engine import memory
 from expstate.engine.take import TakeRequest, check_app_state
 from expstate.errors import InvalidArgumentError
@@ -46,6 +47,9 @@ def make_request(
     progress: ProgressOption,
     force: bool,
     provenance: Callable[[], dict[str, Any]],
+    dedup: bool = False,
+    trust_fingerprint: bool = True,
+    device_staging_bytes: int | None = None,
 ) -> TakeRequest:
     """Check everything that was given to a take."""
     check_app_state(app_state)
@@ -64,4 +68,15 @@ def make_request(
         ranks=ranks,
         replicated=given,
         check_replicated=check_replicated,
+        dedup=bool(dedup),
+        trust_fingerprint=bool(trust_fingerprint),
+        device_staging_bytes=_device_bytes(device_staging_bytes),
     )
+
+
+def _device_bytes(given: int | None) -> int | None:
+    found = settings.current().device_staging_bytes if given is None else given
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+        msg = f"device_staging_bytes must be a number of bytes, or None for what is free, got {found!r}"
+        raise InvalidArgumentError(msg)
+    return found

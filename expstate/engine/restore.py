@@ -16,7 +16,7 @@ import torch
 from expstate import collector, settings
 from expstate.engine import crew, memory, meta
 from expstate.engine.aim import aim
-from expstate.engine.fetch import allocate, read_object_bytes
+from expstate.engine.fetch import allocate, check_room, read_object_bytes
 from expstate.engine.plan import KeyPlan, Placement, RestoreOptions, plan_key, some
 from expstate.engine.read import PieceReader, Read
 from expstate.engine.report import RestoreReport
@@ -129,6 +129,8 @@ class _Restore:
     def check(self, opened: SnapshotSource) -> None:
         """Decode objects, look for overlaps and meta tensors, raise what was found."""
         self._source = opened
+        new = (item for plan in self._plans for _, item in plan.items if isinstance(item, Placement) and item.is_new)
+        check_room(opened, sum(item.nbytes for item in new))
         refused = []
         for plan in self._plans:
             for index, (path, item) in enumerate(plan.items):

@@ -17,8 +17,13 @@ from typing import TYPE_CHECKING, Any
 from expstate import collector
 from expstate._version import __version__
 from expstate.engine import agreement, ancestry, crew, share
+from expstate.engine.arrays import device_name
 from expstate.engine.attempt import Attempt, FollowingAttempt
-from expstate.engine.part import PartWriter, device_name
+from expstate.engine.base import Bases
+from expstate.engine.fingerprint import new_key
+from expstate.engine.part import PartWriter
+from expstate.engine.placement import Comparison
+from expstate.engine.source import SnapshotSource
 from expstate.errors import AppStateError, TakeCancelledError
 from expstate.format import manifest as manifests
 from expstate.format import names
@@ -28,6 +33,8 @@ from expstate.format.manifest import (
     KeyRecord,
     Manifest,
     Metadata,
+    ObjectEntry,
+    TensorEntry,
 )
 from expstate.format.validate import validate
 from expstate.progress import Progress, ProgressOption
@@ -35,7 +42,7 @@ from expstate.state import tree
 from expstate.state.stateful import RNGState, Stateful, preserved_rng
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from expstate.engine.merge import RankPart
     from expstate.engine.ranks import Ranks
@@ -57,6 +64,10 @@ class TakeRequest:
     ranks: Ranks
     replicated: tuple[str, ...] = ()
     check_replicated: bool = False
+    bases: tuple[SnapshotSource, ...] = ()
+    dedup: bool = False
+    trust_fingerprint: bool = True
+    device_staging_bytes: int | None = None
 
 
 _LEAVE_SECONDS = 10.0
@@ -113,7 +124,8 @@ class Take:
         self._storage = request.storage
         self._stop = crew.Stop()
         self._ranks.on_failure(self._stop.set)
-        self.id = agreement.agree_on_id(request)
+        bases = Bases(request.bases)
+        self.id, self._fingerprint_key = agreement.agree(request, (bases.fingerprint_key or new_key()).hex())
         self._attempt: Attempt | FollowingAttempt
         if self._ranks.is_first:
             self._attempt = Attempt(request.storage, self.id, "take")
@@ -127,7 +139,20 @@ class Take:
         self._of_all: dict[str, str] = {}
         namer = names.FileNamer(self._attempt.token, self._ranks.rank if self._ranks.size > 1 else None)
         budget, local_ranks = request.memory_budget_bytes, self._ranks.local_size
-        self._part = PartWriter(request.storage, namer, budget, local_ranks, self._stop, self._written, self._went_on)
+        key = bytes.fromhex(self._fingerprint_key) if request.trust_fingerprint else None
+        comparison = Comparison(bases, request.dedup, key)
+        self._may_share_boxes = comparison.finds_something
+        self._part = PartWriter(
+            request.storage,
+            namer,
+            budget,
+            local_ranks,
+            self._stop,
+            self._written,
+            self._went_on,
+            comparison,
+            request.device_staging_bytes,
+        )
         self._progress: Progress | None = None
         self.total_bytes = 0
         self.done_bytes = 0
@@ -165,7 +190,7 @@ class Take:
                 self._part.add_key(key, leaves[key], pieces, self._of_all, is_first=self._ranks.is_first)
         self.total_bytes = self._part.total_bytes
         # From here on their state is all that is needed: statefuls are not kept alive by a take that is still being written.
-        self._request = dataclasses.replace(self._request, app_state={})
+        self._request = dataclasses.replace(self._request, app_state={}, bases=())
 
     def _share(self, leaves: Mapping[str, Sequence[tree.Leaf]]) -> dict[str, list[share.Piece]]:
         """What this rank writes of the arrays that others have too; their paths, with their devices, are noted in ``_of_all``."""
@@ -242,7 +267,7 @@ class Take:
         self._check_stopped()
         committed = self._commit_all(part)
         self._close()
-        ancestry.note((record.key for record in self._keys), self.id, self._looked_at)
+        ancestry.note((record.key for record in self._keys), self.id, self._looked_at, self._storage)
         self._ranks.close()
         return committed
 
@@ -279,11 +304,12 @@ class Take:
             id=self.id,
             created_at=self._created_at.isoformat(timespec="milliseconds"),
             writer=f"expstate {__version__}",
-            requires=(),
+            requires=(manifests.SHARED_BOXES,) if self._may_share_boxes and _share_boxes(entries) else (),
             world_size=self._ranks.size,
             metadata=self._request.metadata,
             provenance=self._request.provenance(),
             parent=self._parent,
+            fingerprint_key=self._fingerprint_key if any(map(_has_fingerprint, entries)) else None,
             duration_seconds=round(time.monotonic() - self._begun, 6),
             keys=tuple(self._keys),
             files=files,
@@ -315,6 +341,22 @@ class Take:
         if self._progress is not None:
             self._progress.close()
         self._part.close()
+
+
+def _has_fingerprint(entry: Entry) -> bool:
+    return isinstance(entry, TensorEntry) and any(box.fingerprint is not None for box in entry.boxes)
+
+
+def _share_boxes(entries: Iterable[Entry]) -> bool:
+    """Whether boxes of several entries lie at the same place."""
+    places: set[tuple[int, int]] = set()
+    for entry in entries:
+        if isinstance(entry, (TensorEntry, ObjectEntry)):
+            for box, nbytes in SnapshotSource.box_sizes(entry):
+                if nbytes and (box.file, box.offset) in places:
+                    return True
+                places.add((box.file, box.offset) if nbytes else (-1, -1))
+    return False
 
 
 def take_now(request: TakeRequest) -> tuple[Take, tuple[Manifest, bytes] | None]:

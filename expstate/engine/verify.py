@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
 from blake3 import blake3
 
 from expstate.engine import crew, memory
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from expstate.engine.source import SnapshotSource
+    from expstate.format.manifest import Manifest
     from expstate.storage.base import FileReader
 
 
@@ -28,19 +31,23 @@ def verify(source: SnapshotSource, *, budget: int, progress: ProgressOption) -> 
     damages: list[Damage] = []
     with source.opened(on_damage=damages.append) as opened:
         check_headers(opened, damages.append)
-        reads: list[Read] = []
+        wanted: list[Read] = []
         for entry in opened.manifest.entries:
             if isinstance(entry, (TensorEntry, ObjectEntry)):
-                reads += _reads(opened, entry, damages)
-        total = sum(read.nbytes for read in reads)
+                wanted += _reads(opened, entry, damages)
+        # Equal boxes may lie at one place, a million of them: what lies there is read once.
+        reads: dict[tuple[int, int], Read] = {}
+        shared = [read for read in wanted if reads.setdefault((read.file, read.offset), read) is not read]
+        total = sum(read.nbytes for read in reads.values())
         bar = Progress("verify", total, progress)
         threads, budget = memory.means(source.storage, budget)
         staging = memory.Staging(budget, threads)
         try:
-            PieceReader(opened.files, staging, threads, bar, crew.Stop(), on_damage=damages.append).run(reads)
+            PieceReader(opened.files, staging, threads, bar, crew.Stop(), on_damage=damages.append).run(list(reads.values()))
         finally:
             bar.close()
             staging.close()
+    damages += _damages_of_shared(shared, source.manifest, damages)
     known = {record.name for record in source.manifest.files} | {names.MANIFEST, names.ANNOTATIONS}
     unknown = sorted(info.name for info in source.storage.list() if info.name not in known and not names.attempt_of_lease(info.name))
     damages.sort(key=lambda damage: (damage.file, damage.offset))
@@ -63,6 +70,21 @@ def _reads(source: SnapshotSource, entry: TensorEntry | ObjectEntry, damages: li
         box = entry.boxes[0]
         damages.append(Damage(entry.path, source.manifest.files[box.file].name, box.offset, entry.nbytes, str(error)))
         return ()
+
+
+def _damages_of_shared(shared: Sequence[Read], manifest: Manifest, damages: Sequence[Damage]) -> list[Damage]:
+    """The first damage in what other entries have too, for each of these."""
+    places: dict[str, list[Damage]] = {}
+    for damage in sorted(damages, key=lambda damage: damage.offset):
+        if damage.entry:
+            places.setdefault(damage.file, []).append(damage)
+    found: dict[str, Damage] = {}
+    for read in shared:
+        of_file = places.get(manifest.files[read.file].name, [])
+        at = bisect.bisect_left(of_file, read.offset, key=lambda damage: damage.offset)
+        if at < len(of_file) and of_file[at].offset < read.offset + read.nbytes:
+            found.setdefault(read.path, msgspec.structs.replace(of_file[at], entry=read.path))
+    return list(found.values())
 
 
 def check_headers(source: SnapshotSource, on_damage: Callable[[Damage], None] | None = None) -> None:

@@ -62,6 +62,11 @@ class Source(msgspec.Struct, frozen=True, gc=False):
     itemsize: int
     starts: tuple[int, ...] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
+
 
 class _HeaderField(msgspec.Struct, frozen=True, gc=False):
     """What a safetensors header says of one tensor."""
@@ -118,7 +123,14 @@ def file_name_of(path: str, taken: Mapping[str, object]) -> str:
 
 
 def lay_out(
-    stem: str, sources: Sequence[Source], aliases: Iterable[tuple[str, str]], namer: FileNamer, target_bytes: int, *, first: int = 0
+    stem: str,
+    sources: Sequence[Source],
+    aliases: Iterable[tuple[str, str]],
+    namer: FileNamer,
+    target_bytes: int,
+    *,
+    first: int = 0,
+    boxes: Iterable[PlacedBox] | None = None,
 ) -> list[DataFile]:
     """Lay the arrays of one key out in data files.
 
@@ -136,6 +148,8 @@ def lay_out(
         A file is closed when it has this size; a larger tensor is cut along its first dimension.
     first : int, default 0
         Number of the first source: ``PlacedBox.source`` counts from it.
+    boxes : iterable of PlacedBox, optional
+        Those of ``cut(sources, target_bytes)`` that are to be written; default all.
 
     Returns
     -------
@@ -143,7 +157,7 @@ def lay_out(
         At least one.
     """
     names = _names(sources)
-    boxes = list(_cut(sources, target_bytes))
+    boxes = list(cut(sources, target_bytes) if boxes is None else boxes)
     # Those that end in the middle of a page come last, the largest items first.
     whole = [box for box in boxes if box.nbytes % PAGE_BYTES == 0]
     rest = [box for box in boxes if box.nbytes % PAGE_BYTES]
@@ -194,9 +208,10 @@ def _aliases(sources: Sequence[Source], names: Sequence[str], aliases: Iterable[
     return found
 
 
-def _cut(sources: Sequence[Source], target_bytes: int) -> Iterator[PlacedBox]:
+def cut(sources: Iterable[Source], target_bytes: int) -> Iterator[PlacedBox]:
+    """The boxes of arrays, in order: the whole of each, or runs of its first dimension where it is larger than ``target_bytes``."""
     for number, source in enumerate(sources):
-        nbytes = math.prod(source.shape) * source.itemsize
+        nbytes = source.nbytes
         rows = source.shape[0] if source.shape else 1
         if nbytes <= target_bytes or rows <= 1 or source.dtype == BYTES:
             yield PlacedBox(number, 0, nbytes)

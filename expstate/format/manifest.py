@@ -18,6 +18,7 @@ from expstate.errors import (
     InvalidMetadataError,
     ManifestError,
     ManifestTooLargeError,
+    SnapshotChangedError,
     SnapshotCorruptError,
     SnapshotNotFoundError,
     UnsupportedFormatError,
@@ -26,7 +27,9 @@ from expstate.settings import GIB, MIB
 from expstate.state import numpy_arrays, tensors
 
 FORMAT = 1
-FEATURES: frozenset[str] = frozenset()
+SHARED_BOXES = "shared_boxes"
+"""Boxes of equal content may lie at the same place."""
+FEATURES: frozenset[str] = frozenset({SHARED_BOXES})
 """Names that ``requires`` may hold: parts of the format that a reader must know."""
 
 BLOCK_BYTES = MIB
@@ -60,7 +63,8 @@ class Box(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     ``file`` is an index into the manifest's files, ``offset`` counts from the file's first byte. ``digest`` is the BLAKE3 of the bytes if
     they are one block, else of the blocks' digests one after the other; those are ``blocks``, or lie at ``blocks = (file, offset)``.
-    ``starts`` and ``sizes`` place the box in the global shape; None for the whole.
+    ``starts`` and ``sizes`` place the box in the global shape; None for the whole. ``fingerprint`` is the keyed hash of the bytes that was
+    computed on an accelerator, of a box that lay on one.
     """
 
     file: int
@@ -69,6 +73,7 @@ class Box(msgspec.Struct, array_like=True, frozen=True, gc=False):
     blocks: bytes | tuple[int, int] | None = None
     starts: tuple[int, ...] | None = None
     sizes: tuple[int, ...] | None = None
+    fingerprint: bytes | None = None
 
 
 class TensorEntry(msgspec.Struct, array_like=True, frozen=True, gc=False, tag_field="entry", tag="tensor"):
@@ -170,7 +175,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """All that ``snapshot.json`` says but for its digest.
 
     ``created_at`` is ISO 8601 in UTC; ``parent`` is the id of the snapshot that the state came from, the last that the process took or
-    restored with a key of this one; ``duration_seconds`` is the time from the beginning of the take until the manifest was written.
+    restored with a key of this one; ``duration_seconds`` is the time from the beginning of the take until the manifest was written;
+    ``fingerprint_key``, in hexadecimal digits, is the key of all fingerprints.
     """
 
     format: int
@@ -178,6 +184,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str
     duration_seconds: float | None = None
     parent: str | None = None
+    fingerprint_key: str | None = None
     writer: str
     requires: tuple[str, ...]
     world_size: int
@@ -186,6 +193,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     keys: tuple[KeyRecord, ...]
     files: tuple[FileRecord, ...]
     entries: tuple[Entry, ...]
+
+    @property
+    def nbytes_written(self) -> int:
+        """Bytes of the data files that the take wrote; those in ``base`` are files of earlier snapshots."""
+        return sum(record.size for record in self.files if not record.name.startswith("base/"))
 
 
 _encoder = msgspec.json.Encoder()
@@ -235,7 +247,7 @@ def is_torn(data: bytes) -> bool:
     return not is_end and _TAIL_AND_MORE.search(data) is None
 
 
-def identify(data: bytes) -> tuple[str, str]:
+def identify(data: bytes, expect_digest: str | None = None) -> tuple[str, str]:
     """The snapshot's id and the manifest's digest, in hexadecimal digits: what can be told without decoding its records.
 
     Raises
@@ -244,6 +256,8 @@ def identify(data: bytes) -> tuple[str, str]:
         If it is torn.
     SnapshotCorruptError
         If its digest does not match.
+    SnapshotChangedError
+        If it is whole, but its digest is not the expected one.
     UnsupportedFormatError
         If it is of a newer format.
     ManifestError
@@ -255,6 +269,9 @@ def identify(data: bytes) -> tuple[str, str]:
     if data[-_TAIL_BYTES:] != _TAIL_START + blake3(memoryview(data)[:-_TAIL_BYTES]).hexdigest().encode() + _TAIL_END:
         msg = "the manifest is damaged: its bytes do not match its digest"
         raise SnapshotCorruptError(msg)
+    if expect_digest not in {None, digest_of(data)}:
+        msg = f"another snapshot is there than the one expected: its manifest has the digest {digest_of(data)}, not {expect_digest}"
+        raise SnapshotChangedError(msg)
     head = _HEAD.match(data)
     if head is None:
         msg = "the manifest does not begin with a format and an id"
@@ -265,8 +282,8 @@ def identify(data: bytes) -> tuple[str, str]:
     return head.group(2).decode("ascii"), digest_of(data)
 
 
-def decode(data: bytes) -> Manifest:
-    """The records of a manifest.
+def decode(data: bytes, expect_digest: str | None = None) -> Manifest:
+    """The records of a manifest; with ``expect_digest``, of no other than the one that has it.
 
     Raises
     ------
@@ -274,12 +291,14 @@ def decode(data: bytes) -> Manifest:
         If it is torn.
     SnapshotCorruptError
         If its digest does not match.
+    SnapshotChangedError
+        If its digest is not the expected one.
     UnsupportedFormatError
         If it is of a newer format.
     ManifestError
         If it is not of the form that ``encode`` writes.
     """
-    identify(data)
+    identify(data, expect_digest)
     try:
         with collector.paused():
             manifest = _decoder.decode(data)
@@ -298,10 +317,13 @@ class _Features(msgspec.Struct):
     requires: tuple[str, ...] = ()
 
 
+_decode_features = msgspec.json.Decoder(_Features).decode
+
+
 def _features_of(data: bytes) -> tuple[str, ...]:
     # A part of the format that is not known here may be what made the records unreadable.
     try:
-        return msgspec.json.decode(data, type=_Features).requires
+        return _decode_features(data).requires
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return ()
 

@@ -18,9 +18,12 @@ _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
 _DOTS = re.compile(r"\.{2,}")
 _FILE_NAME = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,230}-[0-9a-f]{8}\.safetensors")
 _DATA_FILE = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-[0-9a-f]{8}\.safetensors")
+_STEM = re.compile(r"(?:base/)?(.+?)-(?:r[0-9]{5}-)?[0-9]{5,}-[0-9a-f]{8}\.safetensors")
 _ID = re.compile(r"[0-9a-f]{32}")
-_ATTEMPT = re.compile(r"[0-9a-f]{8}")
+_OF_ATTEMPT = re.compile(r"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-([0-9a-f]{8})\.safetensors|\.[A-Za-z0-9.-]*\.([0-9a-f]{8})")
 _LEASE = re.compile(r"\.attempt-([0-9a-f]{8})\.json|\.\.attempt-([0-9a-f]{8})\.json\.\2")
+_EDIT = re.compile(r"\.annotations\.json\.[0-9a-f]{8}\.([0-9a-f]{8})")
+_CLOCK = re.compile(r"\.clock-([0-9a-f]{8})[0-9a-f]{24}")
 _LABEL_BYTES = 255
 _RESERVED = re.compile(r"latest(?:~[0-9]*)?|live|\.{1,2}")
 _CONTROL = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -64,15 +67,31 @@ def attempt_of_lease(name: str) -> str | None:
     return match and (match.group(1) or match.group(2))
 
 
+def scrap_of(name: str) -> tuple[str, str] | None:
+    """What was done, and an id, if this is the name of a file that is there for a moment and has no lease; else None.
+
+    ``"edit"`` was writing annotations of the snapshot of this attempt; ``"clock"`` was asking an object store for the time.
+
+    >>> scrap_of(".annotations.json.0c1d2e3f.3f9a2c71"), scrap_of(".clock-0c1d2e3f4a5b6c7d8e9f0a1b2c3d4e5f")
+    (('edit', '3f9a2c71'), ('clock', '0c1d2e3f'))
+    >>> scrap_of(".annotations.json.3f9a2c71") is None
+    True
+    """
+    for action, pattern in (("edit", _EDIT), ("clock", _CLOCK)):
+        match = pattern.fullmatch(name)
+        if match is not None:
+            return action, match.group(1)
+    return None
+
+
 def is_of_attempt(name: str, attempt: str) -> bool:
     """Whether a file belongs to an attempt by its name: a data file of it, or a temporary file that it made.
 
     >>> is_of_attempt("model-00001-3f9a2c71.safetensors", "3f9a2c71"), is_of_attempt("notes-3f9a2c71.txt", "3f9a2c71")
     (True, False)
     """
-    if _ATTEMPT.fullmatch(attempt) is None:
-        return False
-    return re.fullmatch(rf"(?:base/)?[A-Za-z0-9_-][A-Za-z0-9._-]*-{attempt}\.safetensors|\.[A-Za-z0-9.-]*\.{attempt}", name) is not None
+    match = _OF_ATTEMPT.fullmatch(name)
+    return match is not None and attempt in match.groups()
 
 
 def is_data_file(name: str) -> bool:
@@ -91,6 +110,16 @@ def file_stem(key: str) -> str:
     ('model_a', '_')
     """
     return _DOTS.sub("_", _UNFIT.sub("_", key))[:_KEY_LENGTH].lstrip(".") or "_"
+
+
+def stem_of(name: str) -> str:
+    """What a data file is named after.
+
+    >>> stem_of("model-00001-3f9a2c71.safetensors"), stem_of("base/model-r00002-00001-3f9a2c71.safetensors")
+    ('model', 'model')
+    """
+    match = _STEM.fullmatch(name)
+    return name if match is None else match.group(1)
 
 
 class FileNamer:

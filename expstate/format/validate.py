@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 from expstate.errors import ManifestError, ManifestTooLargeError
 from expstate.format import names
@@ -17,6 +18,7 @@ from expstate.format.manifest import (
     INLINE_BLOCKS,
     LENGTH_BYTES,
     MAX_ENTRIES,
+    SHARED_BOXES,
     AliasEntry,
     Box,
     ContainerEntry,
@@ -31,6 +33,9 @@ _MAX_CUT_DIMENSIONS = 8
 _MAX_TENSOR_BYTES = 2**62
 _MAX_FILE_BYTES = 2**62
 _KINDS = {"tensor", "parameter", "numpy"}
+
+_FINGERPRINT_KEY = re.compile(r"[0-9a-f]{32}")
+_FINGERPRINT_BYTES = 16
 
 Span = tuple[int, int, int]
 """File, first byte, byte after the last."""
@@ -56,6 +61,9 @@ def validate(manifest: Manifest) -> None:
     if manifest.duration_seconds is not None and manifest.duration_seconds < 0:
         msg = f"a duration of {manifest.duration_seconds} seconds is not possible"
         raise ManifestError(msg)
+    if manifest.fingerprint_key is not None and not _FINGERPRINT_KEY.fullmatch(manifest.fingerprint_key):
+        msg = f"the key of its fingerprints is not possible: {manifest.fingerprint_key[:80]!r}"
+        raise ManifestError(msg)
     _check_files(manifest)
     _check_paths(manifest)
     spans: list[Span] = []
@@ -65,6 +73,8 @@ def validate(manifest: Manifest) -> None:
         elif type(entry) is ObjectEntry:
             _check_object(entry, manifest, spans)
     _check_disjoint(spans, manifest)
+    if SHARED_BOXES in manifest.requires:
+        _check_shared(manifest)
 
 
 def _fail(path: str, problem: str) -> None:
@@ -231,6 +241,8 @@ def _check_object(entry: ObjectEntry, manifest: Manifest, spans: list[Span]) -> 
 def _check_box(path: str, box: Box, nbytes: int, manifest: Manifest, spans: list[Span]) -> None:
     if len(box.digest) != DIGEST_BYTES:
         _fail(path, "has a digest of the wrong length")
+    if box.fingerprint is not None and len(box.fingerprint) != _FINGERPRINT_BYTES:
+        _fail(path, "has a fingerprint of the wrong length")
     _check_span(path, box.file, box.offset, nbytes, manifest, spans)
     count = -(-nbytes // BLOCK_BYTES)
     blocks = box.blocks
@@ -255,12 +267,25 @@ def _check_span(path: str, file: int, offset: int, nbytes: int, manifest: Manife
 
 def _check_disjoint(spans: list[Span], manifest: Manifest) -> None:
     spans.sort()
-    last_file, last_stop = -1, 0
-    for file, start, stop in spans:
-        if file == last_file and start < last_stop:
+    may_be_shared = SHARED_BOXES in manifest.requires
+    last: Span = (-1, 0, 0)
+    for span in spans:
+        file, start, _ = span
+        if file == last[0] and start < last[2] and not (may_be_shared and span == last):
             msg = f"two entries lie over each other at byte {start:,} of file {manifest.files[file].name!r}"
             raise ManifestError(msg)
-        last_file, last_stop = file, stop
+        last = span
+
+
+def _check_shared(manifest: Manifest) -> None:
+    """What lies at one place is said to be one thing, so that whoever has looked at it there need not do so again."""
+    digests: dict[tuple[int, int], bytes] = {}
+    for entry in manifest.entries:
+        if isinstance(entry, (TensorEntry, ObjectEntry)):
+            for box in entry.boxes:
+                is_empty = isinstance(entry, TensorEntry) and 0 in (entry.shape if box.sizes is None else box.sizes)
+                if not is_empty and digests.setdefault((box.file, box.offset), box.digest) != box.digest:
+                    _fail(entry.path, "lies where another entry does, and has another digest")
 
 
 def _check_tiling(entry: TensorEntry) -> None:

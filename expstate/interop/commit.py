@@ -17,8 +17,9 @@ from expstate import collector
 from expstate._version import __version__
 from expstate.catalog.origin import Origin
 from expstate.engine import ancestry, crew, merge, share
+from expstate.engine.arrays import device_name
 from expstate.engine.attempt import Attempt
-from expstate.engine.part import PartWriter, device_name
+from expstate.engine.part import PartWriter
 from expstate.errors import ExpstateError, UnsupportedValueError
 from expstate.format import manifest as manifests
 from expstate.format import names

@@ -13,15 +13,14 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expstate import settings
-from expstate.errors import InvalidArgumentError, StoragePermissionError
+from expstate.errors import InvalidArgumentError
+from expstate.integrations.root import default_root, make_root
 from expstate.storage import registry
 from expstate.storage.options import configure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FOLDER = "expstate-snapshots"
 _SECRET = ("secret", "password", "token", "key", "credential", "auth")
 
 
@@ -35,7 +34,7 @@ class Place:
     """
 
     def __init__(self, shell: Any) -> None:
-        self._default = str(_beside(shell) / FOLDER)
+        self._beside = _beside(shell)
         self._chosen: str | None = None
 
     @property
@@ -43,8 +42,7 @@ class Place:
         """Path or URL of the folder."""
         if self._chosen is not None:
             return self._chosen
-        given = settings.current().root
-        return os.path.abspath(os.path.expanduser(given)) if given and "://" not in given else given or self._default  # noqa: PTH100, PTH111 - may be a URL
+        return default_root(self._beside)
 
     def use(self, url: str, options: Mapping[str, str]) -> str:
         """Let snapshots go to another folder from now on.
@@ -91,23 +89,8 @@ class Place:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
         root = self.root
         if "://" not in root:
-            _make(Path(root))
+            make_root(Path(root), "name another folder by `%snapshot use PATH`, or by EXPSTATE_ROOT")
         return f"{root.rstrip('/')}/{name}"
-
-
-def _make(root: Path) -> None:
-    """Make the folder, with a note for git that what is in it is not to be kept there."""
-    try:
-        if not root.is_dir():
-            root.mkdir(parents=True)
-            (root / ".gitignore").write_text("*\n")
-        if os.access(root, os.W_OK):
-            return
-        reason = "it is read-only"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    msg = f"snapshots cannot be kept in {str(root)!r} ({reason}); name another folder by `%snapshot use PATH`, or by EXPSTATE_ROOT"
-    raise StoragePermissionError(msg)
 
 
 def _beside(shell: Any) -> Path:

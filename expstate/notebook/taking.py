@@ -55,6 +55,8 @@ class Taker:
         name: str | None = None,
         alias: str | None = None,
         to: str | None = None,
+        base: str | None = "auto",
+        on_busy: str = "wait",
         wait: bool | None = None,
     ) -> PendingSnapshot | Snapshot:
         """Take what names stand for, and the random generators.
@@ -67,6 +69,10 @@ class Taker:
             Given to the snapshot when it is committed.
         to : str, optional
             Path or URL of the snapshot; default a new folder in the kernel's place.
+        base : str, optional
+            A ref to a snapshot to go on from; default the last of the same names, None for a full take.
+        on_busy : str, default "wait"
+            What to do if a take of one of these names goes on; as ``Snapshot.async_take`` has it.
         wait : bool, optional
             Whether to wait for the commit; default only where no person drives the kernel.
 
@@ -91,7 +97,11 @@ class Taker:
                 params=params,
                 step=step,
                 name=name,
+                base=base,
+                on_busy=on_busy,
             )
+        if pending.skipped:
+            return pending
         is_waited_for = not kernel.is_driven if wait is None else wait
         ended = threading.Event()
         self.names = chosen

@@ -97,8 +97,18 @@ def take(kernel: Kernel, arguments: argparse.Namespace, **more: Any) -> PendingS
         name=arguments.name,
         alias=arguments.alias,
         to=arguments.to,
+        base=_base(arguments),
         wait=True if arguments.wait else None,
     )
+
+
+def _base(arguments: argparse.Namespace) -> str | None:
+    if not arguments.full:
+        return "auto" if arguments.base is None else str(arguments.base)
+    if arguments.base is not None:
+        msg = "--full takes everything, --base REF what has changed since: only one of them can be meant"
+        raise InvalidArgumentError(msg)
+    return None
 
 
 def _take(session: Session, arguments: argparse.Namespace) -> PendingSnapshot | Snapshot:
@@ -247,6 +257,8 @@ OWN: tuple[Verb, ...] = (
         argument("--name", metavar="N", help="a name for the snapshot"),
         argument("--alias", metavar="A", help="an alias, which moves to it"),
         argument("--to", metavar="URL", help="where to (default: a new folder beside the notebook)"),
+        argument("--base", metavar="REF", help="write only what has changed since this one (default: the last of the same names)"),
+        argument("--full", action="store_true", help="write everything, as plain safetensors files with all names in them"),
         argument("--wait", action="store_true", help="wait until it is committed"),
         argument("--before", action="store_true", help="above a cell: before it runs"),
         argument("--both", action="store_true", help="above a cell: before and after"),

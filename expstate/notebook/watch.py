@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from expstate.engine import annotate
 from expstate.engine.report import counted
 from expstate.errors import CatalogUnavailableError, ExpstateError, InvalidArgumentError, SnapshotPinnedError
+from expstate.integrations.keeping import Keeper
 from expstate.pending import PendingSnapshot
-from expstate.snapshot import Snapshot
 from expstate.storage import registry
 
 if TYPE_CHECKING:
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
+    from expstate.catalog.origin import CatalogOption
     from expstate.notebook.kernel import Kernel
+    from expstate.snapshot import Snapshot
 
 _RHYTHM = re.compile(r"(?P<count>\d+(?:\.\d+)?) ?(?P<unit>s|m|min|h|steps?)")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -203,7 +204,9 @@ class Watcher:
             # Also if it fails: it is tried again when the next is due.
             watch.taken_at_step, watch.taken_at = watch.steps, time.monotonic()
             note = "watch" if watch.optimizer is None else f"watch, after {counted(watch.steps, 'step')}"
-            taken = self._kernel.take(watch.names, note=note)
+            taken = self._kernel.take(watch.names, note=note, on_busy="skip")
+            if isinstance(taken, PendingSnapshot) and taken.skipped:
+                return  # storage is slower than the takes come: the training does not wait for it
             watch.count += 1
             if isinstance(taken, PendingSnapshot):
                 watch.pending = taken
@@ -229,32 +232,14 @@ class Watcher:
     def _let_go(self, snapshot_id: str, path: str) -> bool:
         """Remove a take unless someone has marked it; whether it is none of the watch's business any more."""
         try:
+            catalog: CatalogOption = self._kernel.catalog
+        except CatalogUnavailableError:
+            catalog = False
+        try:
             with self._kernel.lock:  # no restore reads it
-                self._remove(snapshot_id, path)
-        except SnapshotPinnedError:
+                Keeper(catalog).remove(registry.open_storage(path), only=lambda manifest: manifest.id == snapshot_id)
+        except (FileNotFoundError, SnapshotPinnedError):
             return True
         except (ExpstateError, OSError):
-            # Tried again after the next take, if it is there then.
-            return annotate.committed_id(registry.open_storage(path)) != snapshot_id
+            return False  # tried again after the next take
         return True
-
-    def _remove(self, snapshot_id: str, path: str) -> None:
-        try:
-            catalog = self._kernel.catalog
-        except CatalogUnavailableError:  # switched off
-            _remove_unmarked(snapshot_id, path)
-            return
-        from expstate.catalog import removal  # noqa: PLC0415 - SQLAlchemy takes 0.3 s to import
-
-        record = catalog[snapshot_id]
-        if record.tags:
-            raise SnapshotPinnedError
-        removal.remove(catalog, record, force=False, keep_tagged=True)
-
-
-def _remove_unmarked(snapshot_id: str, path: str) -> None:
-    """Remove a snapshot that no catalog knows of."""
-    added = annotate.read(registry.open_storage(path), snapshot_id)
-    if added is not None and any(mark.present for mark in added.tags.values()):
-        raise SnapshotPinnedError
-    Snapshot(path).delete()

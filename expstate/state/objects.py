@@ -18,6 +18,7 @@ import torch
 from expstate.errors import PickleNotAllowedError, SnapshotCorruptError, UnknownClassError, UnsupportedValueError
 
 _SAFE_SINCE = (2, 10)
+_NOT_SAFE = f"torch {torch.__version__} cannot read pickled objects safely, 2.10 can"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def pickle_object(value: Any) -> PickledObject:
         raise UnsupportedValueError(msg) from error
     data = buffer.getvalue()
     if not safe_mode_holds():
-        return PickledObject(data, needs_trust=True, reason=f"torch {torch.__version__} cannot read pickled objects safely, 2.10 can")
+        return PickledObject(data, needs_trust=True, reason=_NOT_SAFE)
     try:
         _read_safely(data, "cpu")
     except Exception as error:  # noqa: BLE001 - whatever it is, it will be so at restore
@@ -110,7 +111,7 @@ def unpickle_object(data: bytes | bytearray | memoryview, *, trust: bool) -> Any
     if trust:
         return _read_trusting(data)
     if not safe_mode_holds():
-        msg = f"a pickled object is read without trust=True by torch >= 2.10 alone, and this is {torch.__version__}"
+        msg = f"a pickled object needs trust=True, which lets the snapshot's author run code: {_NOT_SAFE}"
         raise PickleNotAllowedError(msg)
     _check_archive(data)
     try:

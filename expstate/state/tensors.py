@@ -138,6 +138,11 @@ def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if integer is None or tensor.is_conj() or tensor.is_neg() else tensor.detach().view(integer)
 
 
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of any strided tensor with the same bytes in row-major order, where it lies."""
+    return _as_integers(tensor).resolve_conj().resolve_neg().contiguous()
+
+
 def runs(tensor: torch.Tensor, start: int, stop: int) -> Iterator[tuple[torch.Tensor, int]]:
     """Views that together are the elements ``start`` to ``stop`` in row-major order, each with its first element's number.
 

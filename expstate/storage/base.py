@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -174,6 +174,34 @@ class Storage(ABC):
     def copy_file(self, name: str, source: Storage, source_name: str) -> bool:  # noqa: ARG002 - the default of an interface
         """Have the storage itself copy a file of another folder; False if it cannot."""
         return False
+
+    def link_file(self, name: str, source: Storage, source_name: str) -> bool:
+        """Have a file of another snapshot's folder here too, without moving its bytes through this process.
+
+        Neither is changed by what becomes of the other. On a disk it is one file with two names.
+
+        Returns
+        -------
+        bool
+            False if that cannot be done, or there is no such file: whoever asked has to write the bytes.
+
+        Raises
+        ------
+        FileExistsError
+            If the name is taken, on a disk.
+        """
+        try:
+            return self.copy_file(name, source, source_name)
+        except FileNotFoundError:
+            return False
+
+    def may_link(self, source: Storage) -> bool:
+        """Whether ``link_file`` could have files of that folder, as far as can be told without asking the storage."""
+        return type(self) is type(source)
+
+    def links(self, names: Sequence[str]) -> dict[str, tuple[Hashable, int]]:  # noqa: ARG002 - the default of an interface
+        """Those of these files that are in other places too: what tells one such file from others, and in how many places it is."""
+        return {}
 
     def end_uploads(self, older_than: float) -> int:  # noqa: ARG002 - the default of an interface
         """Throw away what uploads to this folder have left that were begun before then (seconds since 1970); how many."""

@@ -23,6 +23,7 @@ from expstate.errors import (
 )
 from expstate.storage.base import FileInfo, FileReader, FileWriter, Storage
 from expstate.storage.files import ALIGNMENT, O_DIRECT, LocalReader, LocalWriter, system_errors, write_all, write_durably
+from expstate.storage.sharing import is_regular, share
 
 try:
     import fcntl
@@ -30,7 +31,7 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
 _O_TMPFILE: int = getattr(os, "O_TMPFILE", 0)
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -243,7 +244,45 @@ class LocalStorage(Storage):
         ):
             if expected is not None:
                 self._expect(folder, name, expected)
-            os.unlink(last, dir_fd=folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(last, dir_fd=folder)
+            self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        """Remove the folder in between that a file was in, or was to be in, if nothing else is."""
+        if "/" in name:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(f"{self.path}/{name.rpartition('/')[0]}")  # noqa: PTH106 - strings throughout
+
+    def link_file(self, name: str, source: Storage, source_name: str) -> bool:
+        if not isinstance(source, LocalStorage):
+            return False
+        action = f"linking {source_name!r} of {source.path!r} to {name!r} in {self.path!r}"
+        with system_errors(action), contextlib.ExitStack() as opened:
+            try:
+                source_folder, source_last = opened.enter_context(source._folder(source_name))  # noqa: SLF001 - another of this class
+            except (FileNotFoundError, UnsafeFileError):
+                return False
+            if not is_regular(source_folder, source_last):  # before a folder is made for it
+                return False
+            folder, last = opened.enter_context(self._folder(name, make=True))
+            is_shared = share(source_folder, source_last, folder, last)
+            if not is_shared:
+                self._leave(name)
+            return is_shared
+
+    def links(self, names: Sequence[str]) -> dict[str, tuple[Hashable, int]]:
+        found: dict[str, tuple[Hashable, int]] = {}
+        for name in names:
+            with (
+                system_errors(f"looking at {name!r} in {self.path!r}"),
+                contextlib.suppress(FileNotFoundError, UnsafeFileError),
+                self._folder(name) as (folder, last),
+            ):
+                status = os.stat(last, dir_fd=folder, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                    found[name] = ((status.st_dev, status.st_ino), status.st_nlink)
+        return found
 
     def flush(self) -> None:
         with system_errors(f"making {self.path!r} durable"):

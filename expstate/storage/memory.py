@@ -5,6 +5,7 @@ A folder is there until it is forgotten or removed. Data files lie in pages of t
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import mmap
@@ -19,7 +20,7 @@ from expstate.storage.base import FileInfo, FileReader, FileWriter, Storage
 from expstate.storage.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 
 class _File:
@@ -193,6 +194,26 @@ class MemoryStorage(Storage):
             folder = self._folder(name)
             _expect(folder, name, expected)
             folder.pop(name, None)
+
+    def link_file(self, name: str, source: Storage, source_name: str) -> bool:
+        if not isinstance(source, MemoryStorage):
+            return False
+        with _lock:
+            try:
+                data = source._folder(source_name)[source_name].data  # noqa: SLF001 - another of this class
+            except (FileNotFoundError, KeyError):
+                return False
+            folder = self._folder(name)
+            if name in folder:
+                raise FileExistsError(name)
+            folder[name] = _File(name, data)
+        return True
+
+    def links(self, names: Sequence[str]) -> dict[str, tuple[Hashable, int]]:
+        with _lock:
+            places = collections.Counter(id(file.data) for folder in _folders.values() for file in folder.values())
+            files = {name: file for name in names if (file := _folders.get(self._path, {}).get(name)) is not None}
+            return {name: (key, places[key]) for name, file in files.items() if places[key := id(file.data)] > 1}
 
     def clock(self) -> float:
         return time.time()

@@ -17,12 +17,27 @@ from expstate.storage.base import FileInfo, FileReader, FileWriter, Storage
 from expstate.storage.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 Result = TypeVar("Result")
 
 OPERATIONS = frozenset(
-    ("create_file", "write", "finish", "open_file", "read_into", "create", "replace", "read", "stat", "list", "delete", "flush")
+    (
+        "create_file",
+        "write",
+        "finish",
+        "open_file",
+        "read_into",
+        "create",
+        "replace",
+        "read",
+        "stat",
+        "list",
+        "delete",
+        "link_file",
+        "links",
+        "flush",
+    )
 )
 """What can be made to fail: methods of ``Storage``, and of its writers and readers."""
 
@@ -223,6 +238,13 @@ class FaultyStorage(Storage):
 
     def delete(self, name: str, *, expected: bytes | None = None) -> None:
         self._faults.do("delete", name, lambda: self._storage.delete(name, expected=expected))
+
+    def link_file(self, name: str, source: Storage, source_name: str) -> bool:
+        real = source._storage if isinstance(source, FaultyStorage) else source  # noqa: SLF001 - another of this class
+        return self._faults.do("link_file", name, lambda: self._storage.link_file(name, real, source_name))
+
+    def links(self, names: Sequence[str]) -> dict[str, tuple[Hashable, int]]:
+        return self._faults.do("links", "", lambda: self._storage.links(names))
 
     def clock(self) -> float:
         return self._storage.clock()

@@ -16,6 +16,7 @@ from expstate.errors import ExpstateError, UnsafeFileError
 from expstate.settings import MIB
 from expstate.testing.cases import BASE, DATA, SMALL, TOKEN, random_bytes
 from expstate.testing.data_files import DataFileTests
+from expstate.testing.shared_files import SharedFileTests
 from expstate.testing.small_files import SmallFileTests
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 UNSAFE = ["", ".", "..", "/", "/etc/hostname", "../x", "a/../../x", "a/./x", "a//x", "a/", "nul\0x"]
 
 
-class StorageTests(DataFileTests, SmallFileTests):
+class StorageTests(DataFileTests, SmallFileTests, SharedFileTests):
     """What the engine relies on in any storage.
 
     Examples
@@ -191,3 +192,67 @@ class FolderStorageTests(StorageTests):
         assert [] == names
         assert [name] == sorted(item.name for item in elsewhere.iterdir())
         assert b"theirs" == (elsewhere / name).read_bytes()
+
+    def test_a_shared_file_is_one_file_with_two_names(self, storage: Storage, place: Path) -> None:
+        """That neither folder can write by accident."""
+        earlier = self.open(place / "earlier")
+        earlier.prepare()
+        self.put(earlier, DATA, random_bytes(10_000))
+        there, here = self.folder(place / "earlier") / DATA, self.folder(place) / BASE
+
+        assert storage.link_file(BASE, earlier, DATA)
+        assert here.samefile(there)
+        assert {0o100444} == {path.stat().st_mode for path in (here, there)}
+
+    def test_the_folder_of_shared_files_goes_with_the_last_of_them(self, storage: Storage, place: Path) -> None:
+        """And not before, nor as long as anything else is in it."""
+        base = self.folder(place) / "base"
+        names = [f"base/model-{number:05}-77777777.safetensors" for number in range(2)]
+        for name in names:
+            self.put(storage, name, b"12345")
+        storage.delete(names[0])
+        assert [base / names[1].removeprefix("base/")] == list(base.iterdir())
+        (base / "notes.txt").write_bytes(b"theirs")
+        storage.delete(names[1])
+        assert [base / "notes.txt"] == list(base.iterdir())
+        (base / "notes.txt").unlink()
+        self.put(storage, names[0], b"12345")
+        storage.delete(names[0])
+
+        assert not base.exists()
+
+    def test_a_shared_file_does_not_take_a_name_that_is_taken(self, storage: Storage, place: Path) -> None:
+        """What has it stays."""
+        earlier = self.open(place / "earlier")
+        earlier.prepare()
+        for opened, data in ((earlier, b"theirs"), (storage, b"mine")):
+            self.put(opened, BASE, data)
+        with pytest.raises(FileExistsError):
+            storage.link_file(BASE, earlier, BASE)
+
+        assert b"mine" == storage.read(BASE)
+        assert {} == storage.links([BASE]) == earlier.links([BASE])
+
+    @pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder", "in a linked folder"])
+    def test_what_is_no_regular_file_is_not_shared(self, storage: Storage, place: Path, kind: str) -> None:
+        """Nothing is left of the try, and nothing is read through a link."""
+        earlier = self.open(place / "earlier")
+        earlier.prepare()
+        self.put(earlier, DATA, random_bytes(10_000))
+        path = self.folder(place / "earlier") / BASE
+        if kind == "in a linked folder":
+            (self.folder(place / "elsewhere")).mkdir()
+            self.put(self.open(place / "elsewhere"), BASE.removeprefix("base/"), b"theirs")
+            path.parent.symlink_to("../elsewhere")
+        else:
+            path.parent.mkdir()
+            if kind == "pipe":
+                os.mkfifo(path)
+            elif kind == "folder":
+                path.mkdir()
+            else:
+                path.symlink_to({"link": f"../{DATA}", "dangling link": "nowhere"}[kind])
+
+        assert not storage.link_file(BASE, earlier, BASE)
+        assert not (self.folder(place) / "base").exists()
+        assert {} == earlier.links([BASE])

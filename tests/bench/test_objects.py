@@ -11,6 +11,7 @@ import uuid
 
 import msgspec
 import pytest
+from torch.distributed.checkpoint import staging
 
 from expstate.bench import object_limits, places, run
 from expstate.bench.child import perform
@@ -93,7 +94,10 @@ def test_a_bucket_of_s3_is_measured(server, bucket):
     assert sorted(expected) == sorted(rows)
     assert {"obstore", "fsspec"} == {record.setting for record in found if record.system == "expstate"}
 
-    assert {} == {(record.operation, record.system, record.setting): record.error for record in found if record.error}
+    is_old = not hasattr(staging, "StagingOptions")  # so that dcp's writer takes no options of a bucket either
+    errors = {(record.operation, record.system, record.setting): record.error for record in found if record.error}
+    assert {} == {row: error for row, error in errors.items() if not (is_old and row[1] == "dcp")}
+    found = [record for record in found if not record.error]
 
     assert {1.0} == {record.ratio_to_limit for record in found if record.system == "limit"}
     assert all(record.ratio_to_limit > 0 and record.gib_per_s > 0 and record.cpu_seconds > 0 for record in found)

@@ -240,6 +240,50 @@ def test_new_takes_appear_by_themselves(show: Callable[..., Opened], experiment:
     expect(opened.row("another")).to_be_visible()
 
 
+def test_labels_are_typed_one_after_the_other(show: Callable[..., Opened], experiment: Browser):
+    """The cursor stays in its field, though that is drawn anew; so does what is half typed in it."""
+    opened = show(experiment)
+    opened.row("step-700").click()
+    opened.part("tag-add").click()
+    for word in ("first", "second"):
+        opened.page.keyboard.type(word)
+        opened.page.keyboard.press("Enter")
+        expect(opened.row("step-700")).to_contain_text(word)
+        expect(opened.part("tag-remove")).to_have_count(1 if word == "first" else 2)
+        expect(opened.part("tag-add")).to_be_focused()
+        expect(opened.part("tag-add")).to_have_value("")
+    opened.part("pin").evaluate("button => button.click()")
+    opened.page.keyboard.type("half")
+    expect(opened.part("pane")).to_contain_text("pinned")
+    expect(opened.part("tag-add")).to_have_value("half")
+    opened.page.keyboard.type(" typed")
+    expect(opened.part("tag-add")).to_have_value("half typed")
+
+
+def test_a_row_that_is_pressed_is_there_to_be_clicked(show: Callable[..., Opened], experiment: Browser):
+    """One that is drawn anew meanwhile would get no click."""
+    opened = show(experiment)
+    opened.row("step-700").hover()
+    opened.page.mouse.down()
+    experiment._kernel.catalog.tag("step-700", "meanwhile")
+    experiment._kernel.changed()
+    opened.page.wait_for_timeout(350)
+    opened.page.mouse.up()
+    expect(opened.row("step-700")).to_contain_text("meanwhile")
+    expect(opened.row("step-700")).to_have_attribute("aria-selected", "true")
+
+
+def test_a_pointer_that_stays_down_does_not_stop_the_news(show: Callable[..., Opened], experiment: Browser):
+    """As that of a scroll bar, whose end nobody tells."""
+    opened = show(experiment)
+    opened.row("step-700").hover()
+    opened.page.mouse.down()
+    experiment._kernel.catalog.tag("step-400", "meanwhile")
+    experiment._kernel.changed()
+    expect(opened.row("step-400")).to_contain_text("meanwhile")
+    opened.page.mouse.up()
+
+
 def test_the_plot_selects(show: Callable[..., Opened], experiment: Browser):
     opened = show(experiment)
     expect(opened.part("plot")).to_be_visible()

@@ -51,18 +51,26 @@ def part(page: NotebookPage, name: str) -> Locator:
 
 
 def open_tensor(page: NotebookPage) -> None:
-    """Go to the first tensor in the tree by the keyboard: right opens what is closed, down goes on."""
-    part(page, "tree-row").first.click()
+    """Go to the first tensor in the tree by the keyboard: right opens, and goes into what is open; enter looks into the rest."""
     part(page, "tree-row").first.focus()
+    looked_into: list[str] = []
 
     def is_shown() -> bool:
         card = part(page, "card")
         if card.count() and "mean" in card.inner_text():
             return True
-        page.page.keyboard.press("ArrowRight")
-        page.page.keyboard.press("ArrowDown")
-        page.page.keyboard.press("Enter")
-        page.page.wait_for_timeout(250)
+        row = widget(page).locator("[data-testid=tree-row]:focus")
+        if not row.count():
+            part(page, "tree-row").first.focus()
+        elif row.get_attribute("aria-expanded") is not None:
+            page.page.keyboard.press("ArrowRight")
+        elif row.get_attribute("title") not in looked_into:
+            looked_into.append(row.get_attribute("title") or "")
+            page.page.keyboard.press("Enter")
+            page.page.wait_for_timeout(1000)
+        else:
+            page.page.keyboard.press("ArrowDown")
+        page.page.wait_for_timeout(100)
         return False
 
     page.until(is_shown)

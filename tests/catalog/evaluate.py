@@ -19,7 +19,7 @@ COMPARE: dict[str, Any] = {
     "~": lambda one, other: other.upper() in one.upper(),
 }
 TEXTS = ("id", "name", "project", "user", "host", "note", "parent", "digest", "status")
-SYNONYMS = {"nbytes": "size", "created_at": "created", "tags": "tag", "written_bytes": "written"}
+SYNONYMS = {"nbytes": "size", "created_at": "created", "tags": "tag", "nbytes_written": "written"}
 _MISSING = object()
 
 
@@ -101,7 +101,7 @@ def _field(record: Record, name: str, op: str, given: literal.Literal, now: int)
 def _plain(record: Record, name: str) -> Any:
     if name in {"created", "age"}:
         return round(record.created_at.timestamp() * 1_000_000)
-    names = {"size": "nbytes", "written": "written_bytes", "duration": "duration_seconds"}
+    names = {"size": "nbytes", "written": "nbytes_written", "duration": "duration_seconds"}
     return getattr(record, names.get(name, name))
 
 

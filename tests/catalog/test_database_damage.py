@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from expstate import Catalog
+from expstate import Catalog, Snapshot
 from expstate.catalog import database
 from expstate.errors import CatalogCorruptError, CatalogUnavailableError
 from expstate.testing.cases import random_bytes
@@ -64,6 +65,11 @@ def without_versions(path: Path) -> None:
 def with_zeros(path: Path) -> None:
     found = path.read_bytes()
     path.write_bytes(found[:4096] + bytes(len(found) - 4096))
+
+
+def with_a_header_that_forbids_to_write(path: Path) -> None:
+    found = path.read_bytes()
+    path.write_bytes(found[:18] + b"\x03" + found[19:])
 
 
 def change(path: Path, *statements: str) -> None:
@@ -205,6 +211,32 @@ def test_a_time_that_is_none_is_damage(catalog: Catalog, value: str) -> None:
     change(path_of(catalog), f"UPDATE records SET created_at = {value}")  # noqa: S608 - values of ours
     with pytest.raises(CatalogCorruptError, match="expstate scan"):
         all_of(catalog)
+
+
+def test_a_header_that_forbids_to_write_is_damage(catalog: Catalog, take: Callable[..., Snapshot]) -> None:
+    """SQLite says that such a file is read-only, which is no matter of permissions."""
+    snapshot = take(catalog, "a")
+    with_a_header_that_forbids_to_write(path_of(catalog))
+    catalog = Catalog(path_of(catalog))
+    with pytest.raises(CatalogCorruptError, match=r"its header says that it must not be written.*`expstate scan` puts it aside"):
+        catalog.tag("latest", "paper")
+
+    assert catalog.scan().put_aside is not None
+    assert [snapshot.id] == [record.id for record in all_of(catalog)]
+
+
+@pytest.mark.parametrize("statement", ["UPDATE aliases SET record = 77", "UPDATE locations SET url = replace(url, 'runs', 'rums')"])
+def test_rows_that_tell_of_nothing_that_is_there_are_mended(catalog: Catalog, take: Callable[..., Snapshot], statement: str) -> None:
+    """An alias of no record, and the place of a snapshot under another name: SQLite sees nothing wrong with either."""
+    snapshot = take(catalog, "a")
+    catalog.alias("latest", "best")
+    change(path_of(catalog), statement)
+    catalog = Catalog(path_of(catalog))
+
+    assert not catalog.check(project="*").ok
+    catalog.scan()
+    assert (snapshot.id, snapshot.path) == (catalog["best"].id, catalog["best"].url)
+    assert catalog.check(project="*").ok
 
 
 # What somebody else has put there (H25)

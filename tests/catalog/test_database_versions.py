@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import sqlalchemy as sa
 from expstate import Catalog
 from expstate.catalog import schema, versions
 from expstate.errors import CatalogCorruptError, CatalogUnavailableError, CatalogVersionError
+from tests.campaign import Campaign
 
+from .data import make_catalog_0001
 from .plain import all_of, count, data, put, urls
 
 NEXT = '''
@@ -197,10 +199,77 @@ def test_without_alembic_an_older_catalog_is_left_alone(
         all_of(catalog)
 
 
+# What is kept
+
+KEPT = pytest.mark.campaign("Old snapshots are read", "catalogs of the first version that are kept, and of newer ones, which are refused")
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Catalog]:
+    """The committed catalog of the first version."""
+    monkeypatch.setenv("EXPSTATE_PROJECT", "vision")
+    connection = sqlite3.connect(tmp_path / "kept.db")
+    connection.executescript(make_catalog_0001.FILE.read_text(encoding="utf-8"))
+    connection.close()
+    catalog = Catalog(tmp_path / "kept.db")
+    yield catalog
+    catalog.close()
+
+
+@KEPT
+def test_the_first_version_is_read(kept: Catalog, catalog: Catalog, campaign: Campaign) -> None:
+    """All records, as a catalog of today has them, with all that was added to them."""
+    make_catalog_0001.fill(catalog)
+    other, first, second = all_of(kept)
+
+    assert all_of(catalog) == [other, first, second]
+    assert ["s3://bucket/1", "/runs/1"] == [location.url for location in first.locations]
+    assert {"lr": 0.1, "layers": [4, (2, None)], "huge": 2**70, "optimizer": "adam", "amp": True, "nothing": None} == first.params
+    assert (2**60 + 1, "c" * 40) == (first.metrics["steps"], first.provenance["git"]["commit"])
+    assert (("kept",), ("best",), True, "changed since", 0.75) == (
+        second.tags,
+        second.aliases,
+        second.pinned,
+        second.note,
+        second.metrics["acc"],
+    )
+    assert ("speech", 8) == (other.project, other.world_size)
+    campaign.tried()
+
+
+@KEPT
+@pytest.mark.parametrize("newer", [False, True], ids=["as it is", "migrated"])
+def test_the_first_version_is_searched_and_written_to(kept: Catalog, later: Callable[..., None], newer: bool, campaign: Campaign) -> None:
+    """By this version, and by one after it, which changes its tables."""
+    if newer:
+        later()
+    first, second = "1" * 32, "2" * 32
+
+    assert second == kept["best"].id == kept["latest"].id == kept["2222"].id
+    assert [first] == [record.id for record in kept.search("lr > 0.05 and optimizer = adam and tag = ablation and steps > 5")]
+    assert [second, first] == [record.id for record in kept.search('name = resnet and tag = "für immer" or pinned')]
+    assert {"torch": "2.13.0", "numpy": "2.4.6"} == kept.packages("best")
+    put(kept, data(1, project="vision", parent=second))  # after its parent, whatever its time
+    assert second == kept["latest"].parent
+    assert 4 == count(kept)
+    campaign.tried()
+
+
+def test_a_catalog_of_today_has_the_rows_of_the_first_version(kept: Catalog, catalog: Catalog) -> None:
+    """As long as the version is the same, the same records are written the same way."""
+    make_catalog_0001.fill(catalog)
+
+    assert schema.VERSION == "0001"
+    for table in schema.metadata.tables:
+        statement = f"SELECT * FROM {table}"  # noqa: S608 - a name of ours
+        assert sorted(map(repr, fetch(kept, statement))) == sorted(map(repr, fetch(catalog, statement))), table
+
+
 # What is refused
 
 
-def test_a_newer_catalog_is_refused(any_catalog: Catalog, fresh: Any) -> None:
+@KEPT
+def test_a_newer_catalog_is_refused(any_catalog: Catalog, fresh: Any, campaign: Campaign) -> None:
     catalog = filled(fresh(any_catalog))
     with catalog.database.writing() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
@@ -210,6 +279,7 @@ def test_a_newer_catalog_is_refused(any_catalog: Catalog, fresh: Any) -> None:
 
     with sa.create_engine(engine_url(catalog), poolclass=sa.NullPool).connect() as connection:
         assert 2 == connection.exec_driver_sql("SELECT count(*) FROM records").scalar()
+    campaign.tried()
 
 
 @pytest.mark.parametrize("change", ["DELETE FROM alembic_version", "INSERT INTO alembic_version VALUES ('0000')"])

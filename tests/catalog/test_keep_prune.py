@@ -405,6 +405,7 @@ def test_a_plan_shows_what_goes_and_what_stays(catalog: Catalog, series: Callabl
         "delete": [{"id": taken[0].id, "name": None, "step": 0, "url": taken[0].path, "nbytes": 16}],
         "keep": [{"id": taken[1].id, "name": None, "step": 1, "url": taken[1].path, "nbytes": 16, "reasons": ["among the newest 1"]}],
         "nbytes": 16,
+        "nbytes_freed": taken[0].nbytes_unique,
     } == plan.to_dict()
     assert [taken[0].id] == [found["id"] for found in plan.apply().to_dict()["deleted"]]
 

@@ -21,6 +21,7 @@ from expstate import Catalog, Snapshot, StateDict
 from expstate.catalog import recorder
 from expstate.engine import ancestry
 from expstate.errors import CatalogWarning, ExpstateError, RefNotFoundError, SnapshotExistsError, SnapshotPinnedError
+from tests.campaign import Campaign
 
 from .plain_catalog import PlainCatalog, Row, Taken
 
@@ -292,9 +293,17 @@ QUERIES: dict[str, Callable[[PlainCatalog, Row], bool]] = {
 }
 
 
-def test_a_catalog_says_what_plain_python_says() -> None:
-    examples = settings(max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(Machine, settings=examples)
+@pytest.mark.campaign("The catalog is an index", "whatever is done in whatever order, against what plain Python knows")
+def test_a_catalog_says_what_plain_python_says(campaign: Campaign) -> None:
+    class Counted(Machine):
+        def teardown(self) -> None:
+            super().teardown()
+            campaign.tried()
+
+    examples, steps = campaign.choose(15, 150), campaign.choose(15, 30)
+    run_state_machine_as_test(
+        Counted, settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck))
+    )
 
 
 def pin_and_delete(machine: Machine) -> None:

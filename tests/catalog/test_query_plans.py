@@ -121,7 +121,7 @@ _fixtures = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 @pytest.mark.parametrize(("window", "few", "page"), [(4096, 4000, 100), (2, 0, 2), (4, 2, 1)], ids=["usual", "walking", "all plans"])
 @_arguments
-@settings(max_examples=60, deadline=None, suppress_health_check=_fixtures)
+@settings(max_examples=30, deadline=None, suppress_health_check=_fixtures)
 def test_what_is_found_is_what_plain_python_finds(catalog, window, few, page, several, query, sort, limit, project):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "WINDOW", window)

@@ -163,7 +163,7 @@ def test_a_record_has_what_is_known_of_the_snapshot(any_catalog: Catalog) -> Non
             created_at=dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc),
             duration_seconds=1.5,
             nbytes=1000,
-            written_bytes=1000,
+            nbytes_written=1000,
             world_size=4,
             tags=("a", "b"),
             aliases=(),
@@ -235,7 +235,7 @@ STABLE = {
     "created_at": "datetime64[us, UTC]",
     "duration_seconds": "float64",
     "nbytes": "int64",
-    "written_bytes": "int64",
+    "nbytes_written": "int64",
     "world_size": "int64",
     "tags": "object",
     "aliases": "object",
@@ -435,6 +435,7 @@ def test_a_table_for_people_shows_what_tells_records_apart(catalog: Catalog) -> 
             name="one",
             step=7,
             nbytes=3 * 2**20,
+            written_bytes=3 * 2**20 + 4096,
             tags=("b", "a"),
             metrics={"loss": 0.123456, "big": 2**200, "nan": math.nan, "n": 3, "more": 1, "most": 2},
             annotations=Annotations(format=1, id="3f9a2c71" + "0" * 24, pin=Mark(1, present=True), aliases={"best": Mark(1, present=True)}),
@@ -446,6 +447,20 @@ def test_a_table_for_people_shows_what_tells_records_apart(catalog: Catalog) -> 
     assert "3f9a2c71  one   7     2026-01-01 00:00  3 MiB  pinned, @best, a, b  loss=0.1235, big=0x1000" in line
     assert line.endswith("nan=nan, n=3, and 2 more")
     assert line.index("one") == head.index("name")
+
+
+def test_what_was_written_is_shown_where_some_of_it_is_shared(catalog: Catalog) -> None:
+    """As a column of its own."""
+    enter(catalog, nbytes=1000, written_bytes=5096)
+    enter(catalog, nbytes=3 * 2**20, written_bytes=4096, created_at=NEW_YEAR + DAY)
+    found = catalog.search()
+    head, line, other = repr(found).splitlines()
+
+    assert ["id", "name", "step", "created", "(UTC)", "size", "written", "tags", "metrics"] == head.split()
+    assert (line.index("4 KiB"), other.index("4.98 KiB")) == (head.index("written"),) * 2
+    cells = Page(found._repr_html_()).cells
+    assert {"written", "3 MiB", "4 KiB", "4.98 KiB"} <= set(cells)
+    assert "written" not in repr(found[1:]) + found[1:]._repr_html_()
 
 
 def test_a_long_list_is_cut_and_says_so(catalog: Catalog) -> None:

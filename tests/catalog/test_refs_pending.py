@@ -54,7 +54,7 @@ def start(gate: threading.Event, catalog: Catalog, tmp_path: Path, monkeypatch: 
         if fail:
             fails.set()
         options.setdefault("catalog", catalog)
-        state = {"model": StateDict(weight=torch.ones(3))}
+        state = {folder: StateDict(weight=torch.ones(3))}  # keys of its own, so that none waits for another
         begun.append(Snapshot.async_take(f"gated://{tmp_path}/{folder}", state, **options))
         return begun[-1]
 

@@ -255,7 +255,7 @@ def test_no_password_of_a_url_gets_through(user: str, password: str) -> None:
 @pytest.mark.parametrize("part", ["password", "token=", "://", "eyJ-", "key: a ", "a" * 80 + "_key", 'key = "', "bearer ", "user=x "])
 def test_long_texts_are_looked_through_in_one_go(part: str) -> None:
     """What would take the square of its length to match would not end here."""
-    text = part * (2**19 // len(part))
+    text = part * (2**18 // len(part))
 
     assert len(redact.text(text)) > 0
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from expstate import RNGState, Snapshot, StateDict
-from expstate.diff import live
+from expstate import RNGState, Snapshot, StateDict, settings
+from expstate.engine import inplace
+from expstate.engine.unchanged import LiveBox
 from expstate.errors import UnsupportedValueError
 from expstate.settings import MIB
 from tests.snapshot.conftest import digest_of, of_every_layout
@@ -154,8 +155,8 @@ def test_tied_live_weights(tmp_path: Path) -> None:
 def test_tensors_that_nothing_in_the_snapshot_resembles_are_not_digested(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
     """No digest could make them the same as anything."""
     digested: list[int] = []
-    block_digests = live.block_digests
-    monkeypatch.setattr(live, "block_digests", lambda data: digested.append(len(data)) or block_digests(data))
+    block_digests = inplace.block_digests
+    monkeypatch.setattr(inplace, "block_digests", lambda data: digested.append(len(data)) or block_digests(data))
     diff = take(a=torch.zeros(5)).diff({"state": StateDict(a=torch.zeros(6), b=torch.zeros(7), c=torch.zeros(5))})
 
     assert [20] == digested
@@ -192,3 +193,22 @@ def test_live_state_is_not_kept_alive_by_its_diff(take: Take) -> None:
 
     assert None is watch()
     assert ("state/x",) == diff.changed
+
+
+@pytest.mark.parametrize("file_bytes", [2**30, MIB])  # tensors in one box, and in rows
+def test_on_an_accelerator_fingerprints_are_compared(take: Take, monkeypatch: pytest.MonkeyPatch, file_bytes: int) -> None:
+    """As if the host were one: nothing is digested, and what has changed, moved or come is told as by digests."""
+    monkeypatch.setattr(LiveBox, "is_on_device", property(lambda _: True))
+    values = {name: torch.randn(900, 300) for name in "abc"} | {"strided": torch.randn(30, 50).t(), "empty": torch.zeros(0, 3)}
+    with settings.override(data_file_bytes=file_bytes):
+        snapshot = take(**values, gone=torch.ones(900, 300))
+    monkeypatch.delattr(inplace, "block_digests")  # nothing can be digested
+    live = {**values, "c": values["c"] + 1, "new": torch.ones(900, 300), "x": torch.randn(900, 300)}
+    diff = snapshot.diff({"state": StateDict(live)})
+
+    assert snapshot.manifest.fingerprint_key is not None
+    assert ("state/c",) == diff.changed
+    assert ("state/new", "state/x") == diff.added
+    assert ("state/gone",) == diff.removed
+    assert (None if file_bytes == MIB else "state/gone") == diff["state/new"].renamed_from
+    assert snapshot.diff({"state": StateDict({**values, "gone": torch.ones(900, 300)})}).is_same

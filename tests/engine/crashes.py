@@ -7,7 +7,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import torch
 from expstate import Snapshot, StateDict, gc, settings
 from expstate.engine.lease import decode_lease
 from expstate.errors import ExpstateError, SnapshotNotFoundError
+from tests.campaign import Campaign
 
 EARLIER, PLACE = "earlier", "place"
 
 
 def state(value: int) -> dict[str, StateDict]:
-    """Two data files; one has two windows' worth of tensors and is no multiple of a page."""
+    """Three data files; one has two windows' worth of tensors and is no multiple of a page, and one is the same whatever the value."""
     return {
         "model": StateDict(weight=torch.full((3000,), float(value)), bias=torch.full((7,), value), name=f"value {value}"),
         "other": StateDict(table=torch.full((100, 3), value, dtype=torch.int16)),
+        "frozen": StateDict(numbers=torch.arange(5000)),
     }
 
 
@@ -44,7 +47,7 @@ def value_of(snapshot: Snapshot) -> int:
 def prepare(root: Path, action: str) -> None:
     """What is there before."""
     Snapshot.take(root / EARLIER, state(1))
-    if action in {"overwrite", "delete"}:
+    if action in {"overwrite", "delete", "incremental overwrite"}:
         Snapshot.take(root / PLACE, state(2))
 
 
@@ -57,12 +60,19 @@ def act(root: Path, action: str) -> None:
             Snapshot(root / EARLIER).copy(root / PLACE)
         elif action == "async":
             Snapshot.async_take(root / PLACE, state(3)).wait()
+        elif action == "incremental":
+            Snapshot.take(root / PLACE, state(3), base=root / EARLIER)
+        elif action == "incremental async":
+            Snapshot.async_take(root / PLACE, state(3), base=root / EARLIER).wait()
+        elif action == "incremental overwrite":
+            Snapshot.take(root / PLACE, state(3), overwrite=True, base=root / PLACE)
         else:
             Snapshot.take(root / PLACE, state(3), overwrite=action == "overwrite")
 
 
-BEFORE = {"take": None, "async": None, "copy": None, "overwrite": 2, "delete": 2}
-AFTER = {"take": 3, "async": 3, "copy": 1, "overwrite": 3, "delete": None}
+INCREMENTAL = ("incremental", "incremental async", "incremental overwrite")
+BEFORE = {"take": None, "async": None, "copy": None, "overwrite": 2, "delete": 2} | dict(zip(INCREMENTAL, (None, None, 2), strict=True))
+AFTER = {"take": 3, "async": 3, "copy": 1, "overwrite": 3, "delete": None} | dict.fromkeys(INCREMENTAL, 3)
 
 
 def found_at(place: Path) -> int | None:
@@ -78,7 +88,7 @@ def found_at(place: Path) -> int | None:
 def assert_clean(root: Path) -> None:
     """Nothing is in the folders but what the manifests name."""
     for place in (root / EARLIER, root / PLACE):
-        found = {path.name for path in place.iterdir()} if place.exists() else set()
+        found = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file() or not any(path.iterdir())}
         try:
             expected = {record.name for record in Snapshot(place).manifest.files} | {"snapshot.json"}
         except SnapshotNotFoundError:
@@ -88,36 +98,78 @@ def assert_clean(root: Path) -> None:
 
 
 def let_a_day_pass(folder: Path) -> None:
-    """A lease that was not written to its end does not say whose it is: age alone tells that it is dead."""
+    """What was not written to its end, a lease or an edit of annotations, does not say whose it is: age alone tells that it is dead."""
     for path in folder.glob(".*attempt-*") if folder.exists() else ():
         if decode_lease(path.read_bytes()) is None:
             assert gc(folder).alive
             os.utime(path, (time.time() - 2 * 86400,) * 2)
+    for path in folder.glob(".annotations.json.*"):
+        os.utime(path, (time.time() - 2 * 86400,) * 2)
+
+
+HALVES, LOST, LEFTOVERS = "visible halves", "snapshots lost", "leftovers after gc"
+
+
+class SeenError(AssertionError):
+    """Something that may never be seen, of the kind that ``what`` says."""
+
+    def __init__(self, what: str, error: BaseException) -> None:
+        super().__init__(f"{what}: {error}")
+        self.what = what
+
+
+@contextmanager
+def seeing(what: str) -> Iterator[None]:
+    """If what is asserted in here, or done, does not succeed, then this was seen."""
+    try:
+        yield
+    except (AssertionError, ExpstateError) as error:
+        raise SeenError(what, error) from error
+
+
+@contextmanager
+def point(campaign: Campaign) -> Iterator[None]:
+    """One point of a campaign of crashes: what is seen at it is counted."""
+    for what in (HALVES, LOST, LEFTOVERS):
+        campaign.count(what, 0)
+    try:
+        yield
+    except SeenError as seen:
+        campaign.count(seen.what)
+        raise
+    campaign.tried()
 
 
 def check(root: Path, action: str) -> int | None:
     """All that must hold after a crash; the value that is visible at the place."""
-    assert 1 == found_at(root / EARLIER)
-    value = found_at(root / PLACE)
-    assert value in {BEFORE[action], AFTER[action]}
+    with seeing(LOST):
+        assert 1 == found_at(root / EARLIER)
+    with seeing(HALVES):
+        value = found_at(root / PLACE)
+        assert value in {BEFORE[action], AFTER[action]}
     # Twice from here on: whoever comes next cleans up first or takes first.
     let_a_day_pass(root / PLACE)
     copied = root.with_name(f"{root.name}-2")
     shutil.copytree(root, copied)
 
     report = gc(root)
-    assert ((), ()) == (report.alive, report.damaged)
-    assert value == found_at(root / PLACE)
-    assert_clean(root)
+    with seeing(LOST):
+        assert 1 == found_at(root / EARLIER)
+        assert value == found_at(root / PLACE)
+    with seeing(LEFTOVERS):
+        assert ((), ()) == (report.alive, report.damaged)
+        assert_clean(root)
     Snapshot.take(root / PLACE, state(4), overwrite=True)
     assert 4 == found_at(root / PLACE)
 
     Snapshot.take(copied / PLACE, state(5), overwrite=value is not None)
     assert 5 == found_at(copied / PLACE)
     gc(copied)
-    assert 5 == found_at(copied / PLACE)
-    assert 1 == found_at(copied / EARLIER)
-    assert_clean(copied)
+    with seeing(LOST):
+        assert 5 == found_at(copied / PLACE)
+        assert 1 == found_at(copied / EARLIER)
+    with seeing(LEFTOVERS):
+        assert_clean(copied)
     return value
 
 
@@ -150,6 +202,9 @@ def error_of(function: Callable[..., object], *args: object) -> Any:
 def assert_failed_cleanly(root: Path, action: str) -> None:
     """Nothing of the failed action is there, in the process that lives on."""
     assert [] == threads_left()
-    assert_clean(root)
-    assert 1 == found_at(root / EARLIER)
-    assert BEFORE[action] == found_at(root / PLACE)
+    with seeing(LEFTOVERS):
+        assert_clean(root)
+    with seeing(LOST):
+        assert 1 == found_at(root / EARLIER)
+    with seeing(HALVES):
+        assert BEFORE[action] == found_at(root / PLACE)

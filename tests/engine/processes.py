@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import subprocess
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -55,8 +57,10 @@ def start_child(function: Callable[[], Any], *, wait: bool = False) -> tuple[int
     begin, let_begin = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking while threads run: those of this process only wait
+        gc.freeze()  # the child's garbage is its own: to look at all objects of its parent would copy all pages they are on
         child = os.fork()
     if child:
+        gc.unfreeze()
         os.close(give)
         os.close(begin)
         return child, result, let_begin
@@ -231,12 +235,32 @@ def under_strace(options: list[str], function: Callable[[], Any], log: Path) -> 
     return ended
 
 
+CHANGING_CALLS = (
+    *("mkdir", "mkdirat", "pwrite64", "pwritev", "fallocate", "ftruncate", "fsync", "fdatasync", "copy_file_range"),
+    *("link", "linkat", "unlink", "unlinkat", "rename", "renameat", "renameat2", "rmdir"),
+)
+"""System calls that change what is on a disk."""
+
+
+def changing_calls(function: Callable[[], Any], log: Path) -> list[tuple[str, int]]:
+    """The calls that change the disk which ``function`` makes: each by its name and number, as strace counts them, in each thread anew."""
+    under_strace(["-e", f"trace={','.join(CHANGING_CALLS)}"], function, log).result  # noqa: B018 - it has to end well
+    made = Counter((thread, name) for thread, name, _ in calls_in(log, succeeded=False))
+    return sorted({(name, number) for (_, name), count in made.items() for number in range(1, count + 1)})
+
+
+def killed_on(call: str, number: int, function: Callable[[], Any], log: Path) -> None:
+    """Run ``function`` in a child that is killed on entering its system call of this name and number."""
+    ended = under_strace(["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"], function, log)
+    assert signal.SIGKILL == ended.signal, (call, number, ended)
+
+
 _LINE = re.compile(r"^(\d+)\s+(\w+)\((.*)\)\s+=\s+(-?\d+)")
 _PATHS = re.compile(r'<([^>]*)>|"([^"]*)"')
 
 
-def calls_in(log: Path) -> list[tuple[int, str, list[str]]]:
-    """The calls that strace saw and that succeeded: thread, name, and the paths among the arguments."""
+def calls_in(log: Path, *, succeeded: bool = True) -> list[tuple[int, str, list[str]]]:
+    """The calls that strace saw, those that succeeded or all: thread, name, and the paths among the arguments."""
     found = []
     unfinished: dict[str, str] = {}
     for line in log.read_text().splitlines():
@@ -248,6 +272,6 @@ def calls_in(log: Path) -> list[tuple[int, str, list[str]]]:
         if "resumed>" in line and thread in unfinished:
             whole = unfinished.pop(thread) + rest.partition("resumed>")[2]
         match = _LINE.match(whole)
-        if match and int(match[4]) >= 0:
+        if match and (int(match[4]) >= 0 or not succeeded):
             found.append((int(match[1]), match[2], [one or other for one, other in _PATHS.findall(match[3])]))
     return found

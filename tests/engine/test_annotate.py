@@ -27,7 +27,7 @@ from expstate.format import annotations as added
 from expstate.format import names
 from expstate.format.annotations import Annotations, Mark
 from expstate.storage.local import LocalStorage
-from tests.engine.leftovers import lease
+from tests.engine.leftovers import age, lease
 from tests.engine.places import ID, OTHER, committed, data_name, files
 from tests.engine.processes import end_of, in_child, killed_at, start_child
 
@@ -223,6 +223,34 @@ def test_gc_that_finishes_a_deletion_removes_annotations(storage: LocalStorage) 
     gc(storage.path)
 
     assert not Path(storage.path).exists()
+
+
+def test_gc_removes_what_an_edit_that_was_killed_left_a_day_ago(storage: LocalStorage) -> None:
+    """Not before: it may be an edit that goes on. What was added stays."""
+    annotate.update(storage, tagged("a"))
+    killed_at(3, lambda: annotate.update(storage, tagged("b")))
+    (left,) = annotate.temporary_files(storage, ID)
+
+    assert () == gc(storage.path).removed
+    age(Path(storage.path, left))
+    assert (("edit", (left,)),) == tuple((found.action, found.files) for found in gc(storage.path, dry_run=True).removed)
+    assert [left] == annotate.temporary_files(storage, ID)
+    gc(storage.path)
+    assert [] == annotate.temporary_files(storage, ID)
+    assert ["a"] == tags_of(storage)
+
+
+@pytest.mark.parametrize(
+    "name", [".annotations.json", ".annotations.json.12345678", "annotations.json.12345678.12345678", ".annotations.json.me"]
+)
+def test_gc_leaves_other_files_of_like_names(storage: LocalStorage, name: str) -> None:
+    """However old they are."""
+    path = Path(storage.path, name)
+    path.touch()
+    age(path)
+    gc(storage.path)
+
+    assert path.exists()
 
 
 # What cannot be written

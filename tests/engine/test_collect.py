@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from expstate import gc
+from expstate.engine.attempt import Attempt
 from expstate.errors import StorageError
 from expstate.format import names
 from expstate.storage.local import LocalStorage
@@ -149,8 +150,8 @@ def test_a_deletion_that_died_is_finished(tmp_path: Path) -> None:
     assert ["notes.txt"] == listing(folder)
 
 
-def test_a_deletion_that_really_died_is_finished(tmp_path: Path) -> None:
-    """From the library's own deletion, stopped right after the manifest was gone."""
+def test_a_deletion_that_failed_in_the_middle_is_finished(tmp_path: Path) -> None:
+    """From the library's own deletion, stopped right after the manifest was gone. Its process still lives, and has given it up."""
     snapshot = take(tmp_path / "run")
     with patch.object(LocalStorage, "flush", side_effect=OSError), patch.object(LocalStorage, "remove_folder", side_effect=OSError):
         really_delete = LocalStorage.delete
@@ -164,11 +165,47 @@ def test_a_deletion_that_really_died_is_finished(tmp_path: Path) -> None:
             snapshot.delete()
     its = tmp_path / "run" / names.lease_name(snapshot.id[:8])
     assert its.exists()
-    assert [] == list(gc(tmp_path).removed)  # this process is still alive
-    lease(tmp_path / "run", snapshot.id, "delete", tuple(record.name for record in snapshot.manifest.files))
-    gc(tmp_path)
+    (leftover,) = gc(tmp_path).removed
+
+    assert "delete" == leftover.action
+    assert not (tmp_path / "run").exists()
+
+
+REFUSED = "the storage does not want to"
+
+
+def refused(*_: object, **__: object) -> None:
+    raise OSError(REFUSED)
+
+
+def test_what_a_failed_take_could_not_remove_is_collected_while_its_process_lives(tmp_path: Path) -> None:
+    """A notebook may live for days. What another of its takes is writing is left alone."""
+    other = LocalStorage(str(tmp_path / "other"))
+    running = Attempt(other, 32 * "f", "take")
+    running.begin(overwrite=False)
+    with patch.object(Attempt, "commit", refused), patch.object(LocalStorage, "delete", refused), pytest.raises(OSError, match=REFUSED):
+        take(tmp_path / "run")
+    assert any(path.suffix == ".safetensors" for path in (tmp_path / "run").iterdir())
+    report = gc(tmp_path)
 
     assert not (tmp_path / "run").exists()
+    assert [f"{other.url}/{names.lease_name('ffffffff')}"] == list(report.alive)
+    running.abort([])
+
+
+def test_a_copy_that_could_not_clean_up_is_done_again(tmp_path: Path) -> None:
+    """It is the same snapshot, whose lease has the same name."""
+    snapshot = take(tmp_path / "run")
+    with (
+        patch.object(LocalStorage, "delete", refused),
+        patch.object(Attempt, "commit", refused),
+        pytest.raises(OSError, match=REFUSED),
+    ):
+        snapshot.copy(tmp_path / "copy")
+    assert (tmp_path / "copy" / names.lease_name(snapshot.id[:8])).exists()
+
+    assert snapshot.copy(tmp_path / "copy").verify().ok
+    assert {"snapshot.json", *(record.name for record in snapshot.manifest.files)} == {path.name for path in (tmp_path / "copy").iterdir()}
 
 
 def test_a_deletion_that_died_before_it_began_leaves_the_snapshot(tmp_path: Path) -> None:

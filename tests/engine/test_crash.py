@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,15 +20,18 @@ from expstate.storage import local
 from expstate.storage.base import FileWriter
 from expstate.storage.local import LocalStorage
 from expstate.testing.cases import aligned
+from tests.campaign import Campaign
 
-from .crashes import AFTER, BEFORE, PLACE, act, check, prepare
-from .processes import NEEDS_STRACE, calls_in, changes_of, killed_at, under_strace
+from .crashes import AFTER, BEFORE, HALVES, INCREMENTAL, LEFTOVERS, LOST, PLACE, act, check, point, prepare
+from .processes import NEEDS_STRACE, calls_in, changes_of, changing_calls, killed_at, killed_on, under_strace
 
 Within = Callable[[], AbstractContextManager[Any]]
 
 
-def sweep(tmp_path: Path, action: str, *, torn: bool = False, within: Within = nullcontext, every: int = 1) -> list[int | None]:
-    """Kill the action before each of its changes, or every so many up to the last; what was visible after each."""
+def sweep(
+    tmp_path: Path, action: str, campaign: Campaign, *, torn: bool = False, within: Within = nullcontext, short: int = 1000
+) -> list[int | None]:
+    """Kill the action before each of its changes, or so many of them in the short form; what was visible after each."""
     root = tmp_path / "counted"
     prepare(root, action)
 
@@ -38,30 +42,35 @@ def sweep(tmp_path: Path, action: str, *, torn: bool = False, within: Within = n
     changes = changes_of(run)
     seen = []
     numbers = [number for number, (name, *_) in enumerate(changes, 1) if not torn or name == "pwrite"]
-    for number in numbers[(len(numbers) - 1) % every :: every]:
+    for number in campaign.some(numbers, short):
         root = tmp_path / f"{number}"
         prepare(root, action)
         assert signal.SIGKILL == killed_at(number, run, torn=torn).signal
-        seen.append(check(root, action))
+        with point(campaign):
+            seen.append(check(root, action))
+        shutil.rmtree(root)
+        shutil.rmtree(root.with_name(f"{root.name}-2"))
     return seen
 
 
-@pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy", "delete"])
-def test_killed_before_any_change(tmp_path: Path, action: str) -> None:
-    seen = sweep(tmp_path, action)
+@pytest.mark.campaign("All or nothing", "a process killed before each change of the disk")
+@pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy", "delete", *INCREMENTAL])
+def test_killed_before_any_change(tmp_path: Path, action: str, campaign: Campaign) -> None:
+    seen = sweep(tmp_path, action, campaign, short=8)
 
-    assert len(seen) >= (6 if action == "delete" else 20)
+    assert len(seen) >= (6 if action == "delete" else campaign.choose(8, 20))
     assert {BEFORE[action], AFTER[action]} == set(seen)
     # Once it is visible, or gone, it stays so.
     first = seen.index(AFTER[action])
     assert [BEFORE[action]] * first + [AFTER[action]] * (len(seen) - first) == seen
 
 
-@pytest.mark.parametrize("action", ["take", "overwrite"])
-def test_killed_in_the_middle_of_any_write(tmp_path: Path, action: str) -> None:
-    seen = sweep(tmp_path, action, torn=True)
+@pytest.mark.campaign("All or nothing", "a process killed in the middle of each write")
+@pytest.mark.parametrize("action", ["take", "overwrite", "incremental", "copy"])
+def test_killed_in_the_middle_of_any_write(tmp_path: Path, action: str, campaign: Campaign) -> None:
+    seen = sweep(tmp_path, action, campaign, torn=True, short=4)
 
-    assert len(seen) >= 6
+    assert len(seen) >= campaign.choose(4, 6)
     assert {BEFORE[action]} == set(seen)
 
 
@@ -87,11 +96,12 @@ def without_exclusive_renames() -> Iterator[None]:
         yield
 
 
+@pytest.mark.campaign("All or nothing", "a process killed on file systems without unnamed files, links or exclusive renames")
 @pytest.mark.parametrize("within", [without_unnamed_files, without_links, without_exclusive_renames])
 @pytest.mark.parametrize("action", ["take", "overwrite"])
 @pytest.mark.parametrize("torn", [False, True])
-def test_killed_where_files_need_names(tmp_path: Path, within: Within, action: str, torn: bool) -> None:
-    seen = sweep(tmp_path, action, torn=torn, within=within, every=1 if torn else 3)
+def test_killed_where_files_need_names(tmp_path: Path, within: Within, action: str, torn: bool, campaign: Campaign) -> None:
+    seen = sweep(tmp_path, action, campaign, torn=torn, within=within, short=3 if torn else 5)
 
     assert {BEFORE[action]} | (set() if torn else {AFTER[action]}) == set(seen)
 
@@ -137,12 +147,16 @@ def manifest_first() -> Iterator[None]:
 
 def test_the_sweep_notices_a_manifest_that_comes_first(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="is damaged"):
-        sweep(tmp_path, "take", within=manifest_first)
+        sweep(tmp_path, "take", counting := Campaign(), within=manifest_first)
+
+    assert {HALVES: 1, LOST: 0, LEFTOVERS: 0} == counting.counts
 
 
 def test_the_sweep_notices_leftovers(tmp_path: Path) -> None:
     with patch.object(names, "is_of_attempt", lambda *_: False), pytest.raises(AssertionError, match=r"safetensors"):
-        sweep(tmp_path, "take")
+        sweep(tmp_path, "take", counting := Campaign())
+
+    assert {HALVES: 0, LOST: 0, LEFTOVERS: 1} == counting.counts
 
 
 # What is durable when
@@ -158,7 +172,8 @@ def durability_problems(changes: list[tuple[str, str]], place: Path) -> list[str
             problems.append(what)
 
     touched = {path for name, path in changes[:commit] if name in {"open", "pwrite", "posix_fallocate", "ftruncate"}}
-    data_files = sorted(path for path in touched if path.endswith(".safetensors"))
+    removed = {path for name, path in changes[:commit] if name == "unlink"}  # such as what was to share blocks and could not
+    data_files = sorted(path for path in touched - removed if path.endswith(".safetensors"))
     for path in data_files:
         last = max(index for index, change in enumerate(changes) if change[1] == path and change[0] != "fsync")
         need_sync(path, last, commit, f"{path} is not flushed before the commit")
@@ -166,6 +181,8 @@ def durability_problems(changes: list[tuple[str, str]], place: Path) -> list[str
     for index, (name, path) in enumerate(changes[:commit]):
         if name == "mkdir":
             need_sync(str(Path(path).parent), index, commit, f"the folder {path} is not flushed before the commit")
+        if name == "link" and path.endswith(".safetensors"):
+            need_sync(str(Path(path).parent), index, commit, f"the name of {path} is not flushed before the commit")
     manifest = max(index for index, (name, path) in enumerate(changes[:commit]) if name == "pwrite" and path not in data_files)
     need_sync(changes[manifest][1], manifest, commit, "the manifest is not flushed before the commit")
     need_sync(str(place), commit, len(changes), "the commit is not flushed")
@@ -186,7 +203,7 @@ def without_fsync(of: Callable[[str], bool]) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy"])
+@pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy", *INCREMENTAL])
 @pytest.mark.parametrize("within", [nullcontext, without_unnamed_files, without_links])
 def test_everything_is_flushed_before_the_commit_and_the_commit_after(tmp_path: Path, action: str, within: Within) -> None:
     prepare(tmp_path, action)
@@ -237,7 +254,7 @@ SYSTEM_CALLS = {
 
 @NEEDS_STRACE
 @pytest.mark.slow
-@pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy"])
+@pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy", "incremental"])
 def test_the_system_sees_the_same_order(tmp_path: Path, action: str) -> None:
     prepare(tmp_path, action)
     log = tmp_path / "strace"
@@ -254,19 +271,21 @@ def test_the_system_sees_the_same_order(tmp_path: Path, action: str) -> None:
 
 @NEEDS_STRACE
 @pytest.mark.slow
-@pytest.mark.parametrize("call", ["mkdir", "pwrite64", "fallocate", "ftruncate", "fsync", "linkat", "unlinkat"])
-def test_killed_on_entering_a_system_call(tmp_path: Path, call: str) -> None:
-    seen = []
-    for number in range(1, 50):
-        root = tmp_path / f"{number}"
-        prepare(root, "take")
-        inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
-        ended = under_strace(inject, functools.partial(act, root, "take"), tmp_path / "log")
-        if ended.signal is None:
-            break
-        assert signal.SIGKILL == ended.signal
-        seen.append(check(root, "take"))
+@pytest.mark.campaign("All or nothing", "a process killed by strace on entering each system call that changes the disk")
+@pytest.mark.parametrize("action", ["take", "async", "overwrite", "copy", "delete", *INCREMENTAL])
+def test_killed_on_entering_a_system_call(tmp_path: Path, action: str, campaign: Campaign) -> None:
+    prepare(tmp_path / "counted", action)
+    log = tmp_path / "log"
+    calls = changing_calls(lambda: act(tmp_path / "counted", action), log)
+    seen = set()
+    for call, number in campaign.some(calls, {"take": 14, "incremental": 6}.get(action, 4)):
+        root = tmp_path / f"{call}-{number}"
+        prepare(root, action)
+        killed_on(call, number, functools.partial(act, root, action), log)
+        with point(campaign):
+            seen.add(check(root, action))
+        shutil.rmtree(root)
+        shutil.rmtree(root.with_name(f"{root.name}-2"))
 
-    assert seen
-    assert ({None, 3} if call in {"fsync", "unlinkat"} else {None}) >= set(seen)
-    assert 3 in seen or call not in {"fsync", "unlinkat"}
+    assert {BEFORE[action], AFTER[action]} >= seen
+    assert {BEFORE[action], AFTER[action]} == seen or not campaign.is_long

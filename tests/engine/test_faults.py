@@ -26,6 +26,7 @@ from expstate.errors import (
 )
 from expstate.storage.local import LocalStorage
 from expstate.testing import FaultyStorage
+from tests.campaign import Campaign
 
 from .crashes import (
     AFTER,
@@ -37,6 +38,7 @@ from .crashes import (
     check,
     error_of,
     found_at,
+    point,
     prepare,
     state,
     threads_left,
@@ -60,25 +62,28 @@ def failing_at(number: int, code: int, root: Path, action: str) -> str | None:
     assert [] == threads_left()
     if error is None:
         return None
-    assert isinstance(error, NoSpaceError if code == errno.ENOSPC else StorageError)
+    assert isinstance(error, StorageError if code == errno.EIO else NoSpaceError)
     assert code == error.errno
     if changes.log[number - 1][0] not in {"unlink", "rmdir"} and found_at(root / PLACE) == BEFORE[action] and action != "delete":
         assert_failed_cleanly(root, action)
     return type(error).__name__
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("action", [*ACTIONS, "delete"])
-def test_any_change_may_fail(tmp_path: Path, action: str, code: int) -> None:
+@pytest.mark.campaign("All or nothing", "an error at each change of the disk: EIO, ENOSPC, EDQUOT")
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("action", [*ACTIONS, "delete", "incremental", "incremental overwrite"])
+def test_any_change_may_fail(tmp_path: Path, action: str, code: int, campaign: Campaign) -> None:
     prepare(tmp_path / "counted", action)
     count = len(changes_of(lambda: act(tmp_path / "counted", action)))
     outcomes = set()
-    # With one error every change, with the other every third up to the last.
-    for number in range(1, count + 1) if code == errno.EIO else range((count - 1) % 3 + 1, count + 1, 3):
+    if code == errno.EDQUOT:
+        campaign.note("quotas are played, not set")
+    for number in campaign.some(range(1, count + 1), short={errno.EIO: 8, errno.ENOSPC: 4}.get(code, 2)):
         root = tmp_path / str(number)
         prepare(root, action)
         raised = in_child(lambda number=number, root=root: failing_at(number, code, root, action)).result
-        seen = check(root, action)
+        with point(campaign):
+            seen = check(root, action)
         outcomes.add((raised is not None, seen))
 
     # What fails after the commit is left to gc, and is no error, unless the commit may not be durable.
@@ -111,25 +116,34 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("action", ACTIONS)
-def test_no_room_for_the_bytes(mounted: Callable[[str], Path], action: str) -> None:
+@pytest.mark.campaign("All or nothing", "a full disk: room for a page more, or a file more, each time")
+@pytest.mark.parametrize("action", [*ACTIONS, "incremental"])
+def test_no_room_for_the_bytes(mounted: Callable[[str], Path], action: str, campaign: Campaign) -> None:
     root = mounted("size=4m")
     prepare(root, action)
     filling = root / "filling"
     free = os.statvfs(root)
-    filling.write_bytes(bytes(free.f_bavail * free.f_frsize - 12 * 1024))
-    with pytest.raises(NoSpaceError, match=str(root)):
-        act(root, action)
-    assert_failed_cleanly(root, action)
+    filling.write_bytes(bytes(free.f_bavail * free.f_frsize))
+    failed = 0
+    for pages in range(0, 100, campaign.choose(3, 1)):
+        os.truncate(filling, free.f_bavail * free.f_frsize - pages * 4096)
+        error = error_of(act, root, action)
+        if error is None:
+            break
+        assert isinstance(error, NoSpaceError)
+        assert str(root) in str(error)
+        with point(campaign):
+            assert_failed_cleanly(root, action)
+        failed += 1
 
-    filling.unlink()
-    act(root, action)
+    assert failed >= 3
     assert AFTER[action] == found_at(root / PLACE)
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("action", ACTIONS)
-def test_no_room_for_another_file(mounted: Callable[[str], Path], action: str) -> None:
+@pytest.mark.campaign("All or nothing", "a full disk: room for a page more, or a file more, each time")
+@pytest.mark.parametrize("action", [*ACTIONS, "incremental"])
+def test_no_room_for_another_file(mounted: Callable[[str], Path], action: str, campaign: Campaign) -> None:
     root = mounted("size=16m,nr_inodes=40")
     prepare(root, action)
     count = 0
@@ -143,7 +157,8 @@ def test_no_room_for_another_file(mounted: Callable[[str], Path], action: str) -
             act(root, action)
         except NoSpaceError:
             failed += 1
-            assert_failed_cleanly(root, action)
+            with point(campaign):
+                assert_failed_cleanly(root, action)
         else:
             break
         (root / f"filling-{number}").unlink()
@@ -153,36 +168,43 @@ def test_no_room_for_another_file(mounted: Callable[[str], Path], action: str) -
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("action", ACTIONS)
-def test_a_disk_that_is_mounted_for_reading(mounted: Callable[[str], Path], action: str) -> None:
+@pytest.mark.campaign("All or nothing", "a disk that is read-only, from the beginning or from some moment on")
+@pytest.mark.parametrize("action", [*ACTIONS, "incremental"])
+def test_a_disk_that_is_mounted_for_reading(mounted: Callable[[str], Path], action: str, campaign: Campaign) -> None:
     root = mounted("size=4m")
     prepare(root, action)
     subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)  # noqa: S607
     with pytest.raises(StoragePermissionError, match="Read-only"):
         act(root, action)
-    assert_failed_cleanly(root, action)
+    with point(campaign):
+        assert_failed_cleanly(root, action)
 
 
 # Limits of the process
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-def test_files_may_not_become_large(tmp_path: Path, action: str) -> None:
+@pytest.mark.campaign("All or nothing", "limits of the process: sizes of files, open files, memory")
+@pytest.mark.parametrize("action", [*ACTIONS, "incremental"])
+def test_files_may_not_become_large(tmp_path: Path, action: str, campaign: Campaign) -> None:
     prepare(tmp_path, action)
+    most = max(path.stat().st_size for path in (tmp_path / EARLIER).iterdir())
 
-    def limited() -> tuple[str, int | None]:
+    def limited(nbytes: int) -> tuple[str, int | None]:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
         with pytest.raises(StorageError) as caught:
             act(tmp_path, action)
         assert_failed_cleanly(tmp_path, action)
         return type(caught.value).__name__, caught.value.errno
 
-    assert ("StorageError", errno.EFBIG) == in_child(limited).result
+    for nbytes in campaign.some([4096 * pages for pages in range(2, most // 4096)] if action == "copy" else [0, 4096, 8192], short=1):
+        with point(campaign):
+            assert ("StorageError", errno.EFBIG) == in_child(lambda nbytes=nbytes: limited(nbytes)).result
 
 
-@pytest.mark.parametrize("action", [*ACTIONS, "restore"])
-def test_no_more_files_may_be_open(tmp_path: Path, action: str) -> None:
+@pytest.mark.campaign("All or nothing", "limits of the process: sizes of files, open files, memory")
+@pytest.mark.parametrize("action", [*ACTIONS, "incremental", "restore"])
+def test_no_more_files_may_be_open(tmp_path: Path, action: str, campaign: Campaign) -> None:
     prepare(tmp_path, action)
 
     def limited() -> int:
@@ -203,7 +225,10 @@ def test_no_more_files_may_be_open(tmp_path: Path, action: str) -> None:
             os.close(filling.pop())
         return -1
 
-    assert in_child(limited).result >= 2
+    with point(campaign):
+        failed = in_child(limited).result
+    campaign.tried(failed)
+    assert failed >= 2
     assert (1 if action == "restore" else AFTER[action]) == found_at(tmp_path / (EARLIER if action == "restore" else PLACE))
 
 
@@ -332,8 +357,8 @@ def test_a_disk_that_fails_while_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(RestoreInterruptedError, match="the disk is broken") as caught:
         Snapshot(storage.url).restore(live)
 
-    everything = {"model/weight", "model/bias", "model/name", "other/table"}
-    assert everything == {*caught.value.applied, *caught.value.unapplied} - {"model", "other"}
+    everything = {"model/weight", "model/bias", "model/name", "other/table", "frozen/numbers"}
+    assert everything == {*caught.value.applied, *caught.value.unapplied} - {"model", "other", "frozen"}
     assert caught.value.unapplied
     for path in caught.value.applied:
         key, _, name = path.partition("/")

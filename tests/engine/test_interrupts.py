@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from expstate import Snapshot, StateDict
-from expstate.errors import ExpstateError, RestoreInterruptedError, TakeCancelledError
+from expstate.errors import ExpstateError, RestoreInterruptedError, StorageError, TakeCancelledError
 from expstate.pending import PendingSnapshot
 from expstate.storage.local import LocalStorage
 from expstate.testing import FaultyStorage
+from tests.campaign import Campaign
 
-from .crashes import AFTER, BEFORE, EARLIER, PLACE, act, assert_clean, check, crew_threads, found_at, prepare, state
+from .crashes import AFTER, BEFORE, EARLIER, PLACE, act, assert_clean, check, crew_threads, found_at, point, prepare, state
 from .processes import Changes, changes_of, in_child, watched
 
 
@@ -68,12 +69,16 @@ def assert_quiet(root: Path) -> int | None:
     return found_at(root / PLACE)
 
 
+INTERRUPTED = pytest.mark.campaign("All or nothing", "Ctrl-C before each change of the disk, and at random moments")
+
+
+@INTERRUPTED
 @pytest.mark.parametrize("action", ["take", "overwrite", "copy", "delete"])
-def test_interrupted_at_any_change(tmp_path: Path, action: str) -> None:
+def test_interrupted_at_any_change(tmp_path: Path, action: str, campaign: Campaign) -> None:
     prepare(tmp_path / "counted", action)
     count = len(changes_of(functools.partial(act, tmp_path / "counted", action)))
     outcomes = set()
-    for number in range(1, count + 1):
+    for number in campaign.some(range(1, count + 1), short=10):
         root = tmp_path / str(number)
         prepare(root, action)
 
@@ -83,12 +88,25 @@ def test_interrupted_at_any_change(tmp_path: Path, action: str) -> None:
             return error and type(error).__name__, assert_quiet(root)
 
         error, seen = in_child(run).result
-        assert seen == check(root, action)
+        with point(campaign):
+            assert seen == check(root, action)
         outcomes.add((error, seen))
 
     assert ("KeyboardInterrupt", BEFORE[action]) in outcomes or action == "delete"
     assert ("KeyboardInterrupt", AFTER[action]) in outcomes  # it was done before the interrupt could be told
     assert {("KeyboardInterrupt", BEFORE[action]), ("KeyboardInterrupt", AFTER[action]), (None, AFTER[action])} >= outcomes
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("the reply was lost")])
+def test_a_deletion_that_is_interrupted_when_the_manifest_is_gone_removes_the_rest(tmp_path: Path, error: BaseException) -> None:
+    prepare(tmp_path, "delete")
+    storage = FaultyStorage(LocalStorage(str(tmp_path / PLACE)))
+    storage.fail("delete", error=error, names="snapshot.json", done=True)
+    with pytest.raises(type(error)):
+        Snapshot(storage.url).delete()
+
+    assert_clean(tmp_path)
+    assert AFTER["delete"] == found_at(tmp_path / PLACE)
 
 
 def test_an_async_take_that_is_interrupted_does_not_appear_later(tmp_path: Path) -> None:
@@ -187,11 +205,12 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@INTERRUPTED
 @pytest.mark.parametrize("action", ["take", "overwrite", "copy"])
-def test_interrupted_at_any_moment(tmp_path: Path, action: str) -> None:
+def test_interrupted_at_any_moment(tmp_path: Path, action: str, campaign: Campaign) -> None:
     dice = random.Random(action)
     outcomes = set()
-    for number in range(16):
+    for number in range(campaign.choose(8, 200)):
         root = tmp_path / str(number)
         prepare(root, action)
 
@@ -209,7 +228,8 @@ def test_interrupted_at_any_moment(tmp_path: Path, action: str) -> None:
             return error and type(error).__name__, assert_quiet(root)
 
         error, seen = in_child(run).result
-        assert seen == check(root, action)
+        with point(campaign):
+            assert seen == check(root, action)
         outcomes.add((error, seen))
 
     assert {error for error, _ in outcomes} <= {"KeyboardInterrupt", None}
@@ -322,6 +342,21 @@ def test_a_restore_that_is_interrupted_says_what_holds_what(tmp_path: Path) -> N
     storage.heal()
     snapshot.restore(live)
     assert all(bool((tensor == 1).all()) for tensor in live["model"].values())
+
+
+@pytest.mark.parametrize("name", ["windows", "SideStreams", "crew.run"])
+def test_a_restore_that_is_interrupted_before_its_first_read_says_that_nothing_was_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    Snapshot.take(tmp_path / PLACE, layers(1.0))
+    snapshot, live = Snapshot(tmp_path / PLACE), layers(7.0)
+    monkeypatch.setattr(f"expstate.engine.read.{name}", lambda *_, **__: interrupt())
+    with pytest.raises(RestoreInterruptedError) as caught:
+        snapshot.restore(live)
+
+    assert () == caught.value.applied
+    check_applied(live, caught.value)
+    assert all(bool((tensor == 7).all()) for tensor in live["model"].values())
 
 
 def check_applied(live: dict[str, Layers], error: RestoreInterruptedError) -> None:

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from expstate import Snapshot, StateDict
+from expstate.engine import lease
 from expstate.errors import ExpstateError, PickleNotAllowedError
 from expstate.format import manifest as manifests
 
@@ -55,6 +56,7 @@ def imported(genuine: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name, action in ACTIONS.items():
         action(Snapshot(genuine), copies / name)
     msgspec.json.decode(b"{}", type=manifests._Features)
+    lease.decode_lease(b"{}")
     with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError):
         zoneinfo.ZoneInfo("No/Such_Zone")
     zipfile.ZipFile(io.BytesIO(archive(b""))).close()

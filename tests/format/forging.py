@@ -235,6 +235,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "import" and str(arguments[0]).partition(".")[0] == "tzdata":
         return  # time zones by name, where the system has none
+    if (event, arguments) == ("ctypes.dlopen", ("libnvidia-ml.so.1",)):
+        return  # where it may have devices, torch counts them so
     problem = ""
     if event in _FORBIDDEN or event.startswith(_FORBIDDEN_FAMILIES):
         problem = f"{event} {arguments!r:.300}"

@@ -27,6 +27,7 @@ from expstate.errors import (
 from expstate.format import manifest as manifests
 from expstate.format import names
 from expstate.format import validate as validation
+from tests.campaign import Campaign
 from tests.format.forging import (
     OUTSIDE,
     Forged,
@@ -295,23 +296,29 @@ def test_a_manifest_that_was_changed_is_damaged(forged: Forged, tmp_path: Path) 
 
 # H32: other formats
 
+OF_THE_FUTURE = pytest.mark.campaign("Old snapshots are read", "newer formats and unknown features, which are refused as such")
 
+
+@OF_THE_FUTURE
 @pytest.mark.parametrize("number", [2, 3, 999_999_999])
-def test_a_newer_format_is_refused(forged: Forged, number: int) -> None:
+def test_a_newer_format_is_refused(forged: Forged, number: int, campaign: Campaign) -> None:
     """A format that this version does not know is not guessed at, and the message says what to do (H32)."""
     forged.document["format"] = number
     forged.document["entries"] = {"a": "form of the future"}
 
     refused(forged, UnsupportedFormatError, "upgrade expstate")
+    campaign.tried()
 
 
+@OF_THE_FUTURE
 @pytest.mark.parametrize("entries", [None, {"a": "form of the future"}])
-def test_a_feature_that_is_not_known_is_refused(forged: Forged, entries: Any) -> None:
+def test_a_feature_that_is_not_known_is_refused(forged: Forged, entries: Any, campaign: Campaign) -> None:
     """What a reader must know is named, even if it makes the records unreadable (H32)."""
     forged.document["requires"] = ["zstd", "\x1b[31m" + "x" * 1000]
     forged.document["entries"] = entries or forged.document["entries"]
 
     refused(forged, UnsupportedFormatError, "'zstd'")
+    campaign.tried()
 
 
 def test_two_threads_are_refused_alike(forged: Forged) -> None:

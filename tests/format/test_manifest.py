@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 from blake3 import blake3
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -43,6 +43,7 @@ from expstate.format.manifest import (
     is_torn,
 )
 from expstate.format.validate import validate
+from tests.campaign import Campaign
 from tests.format.forging import Forged, body_of, seal
 from tests.format.mutations import mutations
 from tests.format.records import DIGEST, small
@@ -353,10 +354,23 @@ def test_boxes_cut_along_too_many_dimensions_are_refused() -> None:
         validate(small(entries=(SOUND.entries[0], entry)))
 
 
-@hypothesis_settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(data=st.data())
-def test_manifests_changed_at_random_are_refused_by_our_errors(genuine: Path, data: st.DataObject) -> None:
+@pytest.mark.campaign("Safe to open", "manifests with random changes")
+def test_manifests_changed_at_random_are_refused_by_our_errors(genuine: Path, campaign: Campaign) -> None:
     """Whatever is changed under a digest that is right, decoding and checking raise nothing else."""
-    document = data.draw(mutations(Forged(genuine).document))
-    with contextlib.suppress(ExpstateError):
-        validate(decode(seal(body_of(document))))
+    whole = Forged(genuine).document
+    # One that is small takes more changes in the same time; one that is whole has something of every kind.
+    little = json.loads(encode(small()))
+    del little["blake3"]
+
+    @hypothesis_settings(max_examples=campaign.choose(150, 1000), database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(data=st.data())
+    def check(document: dict[str, Any], data: st.DataObject) -> None:
+        with contextlib.suppress(ExpstateError):
+            validate(decode(seal(body_of(data.draw(mutations(document))))))
+        campaign.tried()
+
+    for document, rounds in ((whole, campaign.choose(1, 100)), (little, campaign.choose(1, 900))):
+        for number in range(rounds):
+            # Many rounds with seeds of their own: Hypothesis remembers all that it has tried in one.
+            (seed(number)(check) if campaign.is_long else check)(document)
+    campaign.count("other errors than ours", 0)

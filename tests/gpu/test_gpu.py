@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 MIB = 2**20
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+DEVICE = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
 MODULE: Any = torch.get_device_module(DEVICE)
 IS_CUDA = DEVICE.type == "cuda"
 IS_HOST = DEVICE.type == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from expstate.state.objects import safe_mode_holds
+
+KEEPS_PLANS = pytest.mark.skipif(
+    "enable_plan_caching" not in inspect.signature(DefaultSavePlanner).parameters, reason="DCP of this torch keeps no plans"
+)
+STAGES = pytest.mark.skipif(
+    "async_stager" not in inspect.signature(dcp.async_save).parameters,
+    reason="async_save of this torch copies nothing on the host",
+)
+NEEDS_SAFE_MODE = pytest.mark.skipif(not safe_mode_holds(), reason="this torch reads no pickled object without trust")
 
 
 class Model(torch.nn.Module):
@@ -52,7 +65,8 @@ def trained(seed: int = 0) -> tuple[Model, torch.optim.AdamW]:
 def quiet() -> Iterator[None]:
     """Without what torch says of checkpoints in one process, and of its own."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
 

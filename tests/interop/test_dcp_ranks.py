@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from pathlib import Path
@@ -23,7 +24,7 @@ from expstate.errors import RankFailedError, SnapshotNotFoundError, StorageError
 from expstate.interop.dcp import Reader, Writer
 from tests.ranks import worlds
 
-from .states import Model, assert_equal, load, names, save, train, trained
+from .states import KEEPS_PLANS, STAGES, Model, assert_equal, load, names, save, train, trained
 
 
 def sharded(seed: int = 0) -> tuple[Model, torch.optim.AdamW]:
@@ -56,6 +57,7 @@ def load_sharded(path: Path) -> tuple[dict[str, Any], float, int]:
     return whole(model.state_dict()), train(model, optimizer, 1), everything["step"]
 
 
+@worlds.NEEDS_FSDP
 @pytest.mark.parametrize(("saving", "loading"), [(2, 1), (1, 2), (2, 2)])
 def test_fsdp2_goes_on_with_other_ranks(tmp_path: Path, saving: int, loading: int) -> None:
     saved = worlds.results(saving, lambda _: save_sharded(tmp_path / "s", 3))
@@ -80,6 +82,7 @@ def test_fsdp2_goes_on_with_other_ranks(tmp_path: Path, saving: int, loading: in
     assert set() == {name for name in names(tmp_path / "s") if name.startswith(".")}
 
 
+@worlds.NEEDS_FSDP
 def test_what_was_taken_on_ranks_is_loaded_on_one_and_the_other_way_round(tmp_path: Path) -> None:
     def take(rank: int) -> dict[str, Any]:
         model, optimizer = sharded()
@@ -149,6 +152,7 @@ def test_two_dimensions_of_a_mesh(tmp_path: Path) -> None:
     assert_equal(VALUES["square"], Snapshot(tmp_path / "s").read_object("t/square"))
 
 
+@worlds.NEEDS_FSDP
 def test_fsdp2_with_tensor_parallel(tmp_path: Path) -> None:
     def work(_: int) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -168,6 +172,7 @@ def test_fsdp2_with_tensor_parallel(tmp_path: Path) -> None:
     assert_equal(worlds.results(4, work)[0], Snapshot(tmp_path / "s").get_state_dict_for_key("model"))
 
 
+@STAGES
 def test_async_save_of_ranks(tmp_path: Path) -> None:
     def work(_: int) -> None:
         model, _ = sharded()
@@ -235,6 +240,7 @@ def test_rank_that_is_killed_ends_the_save_and_leaves_what_gc_removes(tmp_path: 
     assert set() == names(tmp_path)
 
 
+@KEEPS_PLANS
 def test_plans_that_are_kept(tmp_path: Path) -> None:
     def work(_: int) -> None:
         mesh = init_device_mesh("cpu", (2,))
@@ -249,6 +255,7 @@ def test_plans_that_are_kept(tmp_path: Path) -> None:
         assert_equal(torch.full((4, 2), float(step)), snapshot.read_object("t/a"))
 
 
+@pytest.mark.skipif("use_collectives" not in inspect.signature(dcp.save).parameters, reason="DCP of this torch always uses them")
 def test_ranks_without_collectives_are_refused(tmp_path: Path) -> None:
     def work(_: int) -> str:
         with pytest.raises(BaseException, match="use_collectives=False is not possible") as info:

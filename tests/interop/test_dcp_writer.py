@@ -29,7 +29,7 @@ from expstate.errors import (
 from expstate.format.manifest import AliasEntry
 from expstate.interop.dcp import Reader, Writer
 
-from .states import assert_equal, error_of, load, names, quiet, save, save_folder, trained
+from .states import KEEPS_PLANS, NEEDS_SAFE_MODE, STAGES, assert_equal, error_of, load, names, quiet, save, save_folder, trained
 
 GONE = "the disk is gone"
 
@@ -117,6 +117,7 @@ def test_planner_that_does_not_flatten(tmp_path: Path) -> None:
     assert_equal({"a.b": tensor, "c": {"d": tensor + 1, "e": 2}}, Snapshot(tmp_path / "s").get_state_dict_for_key("state"))
 
 
+@NEEDS_SAFE_MODE
 def test_planner_that_transforms(tmp_path: Path) -> None:
     class Halving(DefaultSavePlanner):
         def transform_object(self, write_item: Any, object: Any) -> Any:  # noqa: A002
@@ -128,6 +129,7 @@ def test_planner_that_transforms(tmp_path: Path) -> None:
     assert_equal({"weight": torch.ones(3, dtype=torch.float16), "epoch": 3}, found)
 
 
+@KEEPS_PLANS
 def test_planner_that_keeps_its_plans(tmp_path: Path) -> None:
     for step in range(3):
         state = {"model": {"weight": torch.full((5,), float(step))}, "step": step}
@@ -139,6 +141,7 @@ def test_planner_that_keeps_its_plans(tmp_path: Path) -> None:
         assert_equal(torch.full((5,), float(step)), snapshot.read_object("model/weight"))
 
 
+@STAGES
 def test_async_save_keeps_the_moment(tmp_path: Path) -> None:
     model, _ = trained()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

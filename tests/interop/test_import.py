@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import pickle
@@ -45,7 +46,7 @@ from expstate.interop import import_dcp
 from expstate.interop.dcp import Writer
 from tests.ranks import worlds
 
-from .states import assert_equal, names, quiet, save, save_folder, trained
+from .states import NEEDS_SAFE_MODE, assert_equal, names, quiet, save, save_folder, trained
 
 OPENED: list[object] = []
 
@@ -97,6 +98,7 @@ def test_every_dtype(tmp_path: Path, dtype: str) -> None:
     assert {tensor.dtype, torch.float32} == {value.dtype for value in found.values()}
 
 
+@NEEDS_SAFE_MODE
 def test_other_layouts_are_loaded_as_safely_as_torch_can(tmp_path: Path) -> None:
     save_folder(
         {"t": {"parameter": torch.nn.Parameter(torch.ones(3)), "set": {1, 2}, "nested": ([torch.ones(2)], {"a": 1})}}, tmp_path / "dcp"
@@ -220,6 +222,8 @@ BROKEN: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_one_clear_error(tmp_path: Path, what: str) -> None:
+    if what == "transformed" and "transform_descriptors" not in inspect.signature(_StorageInfo).parameters:
+        pytest.skip("DCP of this torch transforms nothing")
     folder = tmp_path / "dcp"
     folder.mkdir()
     (tmp_path / "secret").write_bytes(b"x" * 100)

@@ -146,7 +146,11 @@ class Kernel:
 
     def wait(self, identity: str, *, seconds: float = _SECONDS) -> Cell:
         """Wait for the end of a cell that was started."""
-        self._until(lambda: identity in self._idle and identity in self._replies, seconds, "the cell did not end")
+        try:
+            self._until(lambda: identity in self._idle and identity in self._replies, seconds, "the cell did not end")
+        except AssertionError as error:
+            msg = f"{error}; it has shown {self._cells[identity].text!r}"
+            raise AssertionError(msg) from error
         reply = self._replies[identity]
         cell = self._cells[identity]
         cell.status = reply["status"]

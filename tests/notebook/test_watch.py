@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from expstate import Catalog, Snapshot
-from expstate.catalog import removal
-from expstate.engine import ancestry
+from expstate.engine import ancestry, attempt
 from expstate.engine.take import Take
 from expstate.errors import InvalidArgumentError, NameNotFoundError
 from expstate.notebook import watch
@@ -368,17 +367,17 @@ def test_the_last_are_kept_without_a_catalog_too(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_removed_now_is_removed_later(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
-    really = removal.remove
+    really = attempt.delete
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
     notebook.watcher.start(["model"], "cell", 1)
-    monkeypatch.setattr(removal, "remove", fail)
+    monkeypatch.setattr(attempt, "delete", fail)
     for _ in range(3):
         notebook.end_cell()
     before = len(ids(notebook))
-    monkeypatch.setattr(removal, "remove", really)
+    monkeypatch.setattr(attempt, "delete", really)
     notebook.end_cell()
 
     assert (3, 1) == (before, len(ids(notebook)))

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
@@ -104,6 +105,8 @@ class Fault:
         The first of the matching requests to be hit, counted from 1.
     times : int or None
         How many are hit from then on; None for all.
+    dice : Random or None
+        With dice, a request is hit with the probability ``chance``.
     seen, hits : int
         How many have matched, and how many of these were hit.
     """
@@ -114,6 +117,8 @@ class Fault:
     headers: str = ""
     nth: int = 1
     times: int | None = None
+    dice: Random | None = None
+    chance: float = 1.0
     seen: int = 0
     hits: int = 0
 
@@ -127,7 +132,8 @@ class Fault:
         ):
             return False
         self.seen += 1
-        return self.seen >= self.nth and (self.times is None or self.seen < self.nth + self.times)
+        is_its_turn = self.seen >= self.nth and (self.times is None or self.seen < self.nth + self.times)
+        return is_its_turn and (self.dice is None or self.dice.random() < self.chance)
 
 
 @dataclass

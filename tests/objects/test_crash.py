@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from expstate import Snapshot, errors, gc, settings
+from expstate import Snapshot, StateDict, errors, gc, settings
 from expstate.engine.lease import LEASE_SECONDS
 from expstate.storage.objects.storage import ObjectStorage
+from tests.campaign import Campaign
 
 from .stores import MIB, Store, files
 
@@ -25,7 +26,7 @@ import torch
 from expstate import Snapshot, StateDict, configure, settings
 from expstate.storage.objects import gcsfs, obstore, s3fs, storage as objects
 
-root, options, transport, shape, count = json.loads(sys.argv[1])
+root, options, transport, shape, count, base = json.loads(sys.argv[1])
 configure(storage_options={root: options})
 state = {"model": StateDict(**{f"w{n}": torch.full(shape, float(n)) for n in range(count)})}
 
@@ -52,7 +53,7 @@ for line in sys.stdin:
     if pid == 0:
         kill_at(stop)
         with settings.override(object_file_bytes=2**20, transport=transport):
-            Snapshot.take(url, state, catalog=False)
+            Snapshot.take(url, state, catalog=False, base=base)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -61,12 +62,12 @@ for line in sys.stdin:
 class Takers:
     """Takes in processes of their own."""
 
-    def __init__(self, store: Store, transport: str, shape: tuple[int, ...], count: int) -> None:
+    def __init__(self, store: Store, transport: str, shape: tuple[int, ...], count: int, base: str | None = None) -> None:
         self.in_parts = shape[0] == 1
         self.shape = shape
         self.count = count
         # Past the proxy, which would know more of a killed one's requests than a server does.
-        given = json.dumps([store.root, store.direct, transport, shape, count])
+        given = json.dumps([store.root, store.direct, transport, shape, count, base])
         self._process = subprocess.Popen([sys.executable, "-c", _TAKERS, given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def take(self, url: str, stop: int) -> int:
@@ -85,11 +86,13 @@ def uploads(storage: ObjectStorage) -> list[str]:
     return [upload.key for upload in storage.client.uploads(f"{storage.prefix}/")]
 
 
-def check_killed(store: Store, takers: Takers) -> None:
-    """Kill a take at each point, and look at what is there then, and after gc."""
+def check_killed(store: Store, takers: Takers, campaign: Campaign, every: int = 1) -> None:
+    """Kill a take at each point, or every so many, and look at what is there then, and after gc."""
+    campaign.count("visible halves", 0)
+    campaign.count("leftovers after gc", 0)
     seen = set()
     had_files = had_uploads = False
-    for stop in itertools.count(1):
+    for stop in itertools.count(every, every):
         url = store.new()
         ended = takers.take(url, stop)
         try:
@@ -116,10 +119,11 @@ def check_killed(store: Store, takers: Takers) -> None:
             patch.setattr(ObjectStorage, "clock", lambda _, ahead=ahead: ahead)
             gc(url)
         assert [] == uploads(storage)
+        campaign.tried()
 
     assert is_whole
     assert stop >= 15
-    assert {False, True} == seen
+    assert {False, True} == seen or every > 1
     assert had_files or takers.in_parts
     assert had_uploads == takers.in_parts
 
@@ -132,17 +136,36 @@ def takers(store: Store, request: pytest.FixtureRequest) -> Iterator[Takers]:
     started.close()
 
 
-@pytest.mark.slow
-def test_a_take_that_is_killed_at_any_request_is_whole_or_not_there(store: Store, takers: Takers) -> None:
-    check_killed(store, takers)
+KILLED = pytest.mark.campaign("All or nothing", "SIGKILL at each request to an object store")
 
 
+@KILLED
 @pytest.mark.slow
-def test_a_take_in_parts_that_is_killed_at_any_request_is_whole_or_not_there(s3: Store) -> None:
+def test_a_take_that_is_killed_at_any_request_is_whole_or_not_there(store: Store, takers: Takers, campaign: Campaign) -> None:
+    check_killed(store, takers, campaign)
+
+
+@KILLED
+@pytest.mark.slow
+def test_an_incremental_take_that_is_killed_at_any_request_is_whole_or_not_there(store: Store, campaign: Campaign) -> None:
+    """What it has from its base stays there, whatever becomes of it."""
+    state = {"model": StateDict(**{f"w{n}": torch.full((200_000,), float(n if n < 4 else -n)) for n in range(6)})}
+    base = Snapshot.take(store.new(), state)
+    takers = Takers(store, settings.current().transport, (200_000,), 6, base.path)
+    try:
+        check_killed(store, takers, campaign, every=campaign.choose(8, 1))
+    finally:
+        takers.close()
+    assert base.verify().ok
+
+
+@KILLED
+@pytest.mark.slow
+def test_a_take_in_parts_that_is_killed_at_any_request_is_whole_or_not_there(s3: Store, campaign: Campaign) -> None:
     """The parts of an upload that nobody will end are thrown away when they are old."""
     with settings.override(transport="fsspec"):
         takers = Takers(s3, "fsspec", (1, 3 * MIB), 1)
         try:
-            check_killed(s3, takers)
+            check_killed(s3, takers, campaign)
         finally:
             takers.close()

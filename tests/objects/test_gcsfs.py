@@ -109,6 +109,22 @@ class TestGcsfs(ClientTests, FaultTests):
         proxy.clear()
         fails(lambda: proxied.head("new"), FileNotFoundError)
 
+    def test_a_bit_that_turns_on_the_way_does_not_cost_what_was_there(self, proxied: ObjectClient, proxy: FaultProxy) -> None:
+        """The server here stores it all the same, in the place of what was to be replaced."""
+        proxied.put("new", [b"before"])
+        version = proxied.head("new").version
+        proxy.add(Fault(Flip(upload=True), method="POST", times=1))
+        proxied.put("new", [bytes(MIB)], condition=version)
+        assert proxied.get_whole("new")[0] == bytes(MIB)
+        fails(lambda: proxied.put("new", [b"data"], condition=version), FileExistsError)
+
+    def test_an_object_that_is_stored_under_another_name_is_removed(self, proxied: ObjectClient, proxy: FaultProxy) -> None:
+        proxied.put("else", [b"data"])
+        said = {"name": "else", "size": "4", "crc32c": "rth90Q==", "generation": proxied.head("else").version}
+        proxy.add(Fault(Status(200, json.dumps(said).encode(), {"Content-Type": "application/json"}), method="POST"))
+        assert "another name" in str(fails(lambda: proxied.put("new", [b"data"]), TransientError))
+        fails(lambda: proxied.head("else"), FileNotFoundError)
+
     def test_without_the_fast_checksum_another_is_compared(
         self, proxied: ObjectClient, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:

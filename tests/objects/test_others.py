@@ -17,6 +17,7 @@ from expstate.storage.registry import open_storage
 from expstate.testing.cases import TOKEN
 
 from .faults import Fault, Hang, gcs_error, s3_error
+from .operations import two_days_later
 from .stores import Store, few, files
 
 DAY = 24 * 3600.0
@@ -78,6 +79,25 @@ def test_gc_sees_what_another_client_left(store: Store) -> None:
 
 
 # What time it is
+
+
+def test_gc_removes_what_told_the_time_a_day_ago(store: Store) -> None:
+    """An object that is there for a moment, when whoever asked for the time was killed or could not remove it."""
+    url = store.new()
+    Snapshot.take(url, few(1))
+    before = files(url)
+    fault = gcs_error(403, "forbidden") if store.root.startswith("gs") else s3_error(403, "AccessDenied")
+    store.proxy.add(Fault(fault, method="DELETE", times=None))
+    open_storage(url).clock()
+    store.proxy.clear()
+    (left,) = set(files(url)) - set(before)
+    assert left.startswith(".clock-")
+
+    assert () == gc(url).removed
+    with two_days_later(url):
+        assert [("clock", (left,))] == [(found.action, found.files) for found in gc(url).removed]
+    assert before == files(url)
+    assert Snapshot(url).verify().ok
 
 
 @contextlib.contextmanager

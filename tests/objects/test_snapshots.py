@@ -115,6 +115,20 @@ def test_it_is_copied_to_disk_and_back_and_deleted(store: Store, tmp_path: Path)
         Snapshot(f"{url}-other").keys()
 
 
+def test_what_one_has_from_another_is_its_own(store: Store) -> None:
+    """The store keeps a copy for each, so that deleting one sets all of it free."""
+    state = app_state(1)
+    first = Snapshot.take(store.new(), state)
+    second = Snapshot.take(store.new(), state, base=first)
+    kept = {snapshot: sum(info.size for info in open_storage(snapshot.path).list()) for snapshot in (first, second)}
+
+    assert first.nbytes_written > second.nbytes_written
+    assert list(kept.values()) == [first.nbytes_unique, second.nbytes_unique]
+    first.delete()
+    assert second.verify().ok
+    assert kept[second] == second.nbytes_unique
+
+
 def test_the_catalog_knows_it_and_scan_finds_it(store: Store, tmp_path: Path) -> None:
     catalog = Catalog(tmp_path / "catalog.db")
     url = store.new()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ from expstate.engine import attempt as attempts
 from expstate.engine import ranks as engine_ranks
 from expstate.errors import RankFailedError, RankTimeoutError, SnapshotNotFoundError
 from expstate.storage.local import LocalStorage
+from tests.campaign import Campaign
+from tests.engine.processes import Changes, watched
 from tests.ranks import worlds
 
 pytestmark = pytest.mark.slow
@@ -31,12 +35,12 @@ def _state(rank: int) -> dict[str, Any]:
     return {"s": StateDict(shared=torch.arange(400_000), own=torch.full((400_000,), rank))}
 
 
-def _take(folder: Path, rank: int) -> Any:
-    return Snapshot.take(folder, _state(rank), replicated=["s/shared"])
+def _take(folder: Path, rank: int, **options: Any) -> Any:
+    return Snapshot.take(folder, _state(rank), replicated=["s/shared"], **options)
 
 
-def _async_take(folder: Path, rank: int) -> Any:
-    return Snapshot.async_take(folder, _state(rank), replicated=["s/shared"]).wait()
+def _async_take(folder: Path, rank: int, **options: Any) -> Any:
+    return Snapshot.async_take(folder, _state(rank), replicated=["s/shared"], **options).wait()
 
 
 @contextlib.contextmanager
@@ -189,6 +193,83 @@ def test_a_rank_that_is_stopped(tmp_path):
         with pytest.raises(RankTimeoutError, match="rank 1 does not go on: for 2 s it has done nothing"):
             raise error
     assert not (tmp_path / "a").exists()
+
+
+KILLED = pytest.mark.campaign("Several ranks or none", "SIGKILL of one rank of three, at each of its steps and at random times")
+
+
+def _incremental(folder: Path, rank: int, **options: Any) -> Any:
+    return _take(folder, rank, base=folder.parent / "base", **options)
+
+
+def _check_whole_or_none(folder: Path, campaign: Campaign) -> bool:
+    """Whether the snapshot is there, all of it; nothing else is, after ``gc``."""
+    gc(folder)
+    try:
+        snapshot = Snapshot(folder)
+        named = {"snapshot.json", *(record.name for record in snapshot.manifest.files)}
+    except SnapshotNotFoundError:
+        left = list(folder.rglob("*")) if folder.exists() else []
+        campaign.count("leftovers after gc", len(left))
+        assert [] == left
+        return False
+    assert snapshot.verify().ok
+    assert [0, 1, 2] == [snapshot.read_object("s/own", rank=rank)[0] for rank in range(3)]
+    assert named == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return True
+
+
+def _run_and_kill(folder: Path, take: Callable[[Path, int], Any], victim: int, number: int) -> list[Any]:
+    """Kill a rank before the ``number``-th change that it makes; 0 kills none, and counts."""
+
+    def work(rank: int) -> int:
+        changes = Changes(number, lambda *_: os.kill(os.getpid(), signal.SIGKILL)) if rank == victim else Changes()
+        with watched(changes), contextlib.suppress(RankFailedError):
+            take(folder, rank)
+        return len(changes.log)
+
+    return worlds.run(3, work, keep_store=True)
+
+
+@KILLED
+@pytest.mark.parametrize("take", [_take, _async_take, _incremental], ids=["take", "async", "incremental"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_at_any_change(tmp_path, take, victim, campaign):
+    """On the last ranks nothing is seen of what they have written, on the first it is all there or nothing."""
+    campaign.count("visible halves", 0)
+    worlds.results(3, lambda rank: _take(tmp_path / "base", rank) and None)
+    steps = _run_and_kill(tmp_path / "counted", take, victim, 0)[victim].value
+    for number in campaign.each(range(1, steps + 1), short=1):
+        folder = tmp_path / f"{number}"
+        ended = _run_and_kill(folder, take, victim, number)
+        assert signal.SIGKILL == ended[victim].signal
+        is_there = _check_whole_or_none(folder, campaign)
+        campaign.count("there, all of it", is_there)
+        assert victim == 0 or not is_there
+        assert Snapshot(tmp_path / "base").verify().ok
+
+
+@KILLED
+def test_a_rank_that_is_killed_at_a_random_time(tmp_path, campaign):
+    dice = random.Random(0)
+    worlds.results(3, lambda rank: _take(tmp_path / "base", rank) and None)
+    for number in range(campaign.choose(2, 200)):
+        victim, after, take = dice.randrange(3), dice.uniform(0, 0.3), dice.choice([_take, _async_take, _incremental])
+
+        def work(rank, folder=tmp_path / f"{number}", victim=victim, after=after, take=take):
+            if rank == victim:
+                threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            with contextlib.suppress(RankFailedError):
+                take(folder, rank, timeout=10)  # who is killed before it has come is not missed before that
+            if rank == victim:
+                time.sleep(60)
+
+        ended = worlds.run(3, work, keep_store=True)
+        assert signal.SIGKILL == ended[victim].signal
+        assert [None, None] == [one.error for rank, one in enumerate(ended) if rank != victim]
+        campaign.count("there, all of it", _check_whole_or_none(tmp_path / f"{number}", campaign))
+        campaign.tried()
+    assert Snapshot(tmp_path / "base").verify().ok
 
 
 def test_a_lease_names_the_first_rank_alone(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -31,12 +32,19 @@ def _as_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _distributed(full: torch.Tensor, mesh: Any, placements: list[Any]) -> DTensor:
+    """As PyTorch cuts it; that of 2.6 would ask another rank for its part."""
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(full, mesh, placements, src_data_rank=None)
+    return _laid_out(full, mesh, placements)
+
+
 def _of_all(mesh_shape: tuple[int, ...], placements: list[Any], full: torch.Tensor) -> list[Sharding]:
     found = []
     for rank in range(math.prod(mesh_shape)):
         with _as_rank(rank, math.prod(mesh_shape)):
             mesh = init_device_mesh("cpu", mesh_shape)
-            found.append(sharding_of(distribute_tensor(full, mesh, placements, src_data_rank=None)))
+            found.append(sharding_of(_distributed(full, mesh, placements)))
     return found
 
 
@@ -94,7 +102,10 @@ def test_shards_of_shards(mesh, placements, length):
     of_ranks = []
     for rank in range(math.prod(mesh)):
         with _as_rank(rank, math.prod(mesh)):
-            of_ranks.append(sharding_of(_laid_out(full, init_device_mesh("cpu", mesh), placements)))
+            value = _laid_out(full, init_device_mesh("cpu", mesh), placements)
+            if [getattr(one, "split_factor", 0) for one in value.placements] != [getattr(one, "split_factor", 0) for one in placements]:
+                pytest.skip("this torch forgets the strides of shards along dimensions that are counted from the end")
+            of_ranks.append(sharding_of(value))
     _check(full, of_ranks)
 
 
@@ -138,7 +149,7 @@ def test_a_mesh_that_is_not_in_the_order_of_the_ranks():
     for rank, at in itertools.product(range(2), (0,)):
         with _as_rank(rank, 2):
             mesh = dist.device_mesh.DeviceMesh("cpu", [1, 0])
-            found = sharding_of(distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None))
+            found = sharding_of(_distributed(full, mesh, [Shard(0)]))
         (part,) = found.parts
         assert (at + 4 * (1 - rank),) == part.starts
         assert (rank,) == found.holders

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ LAYOUTS_2D = [[Replicate(), Replicate()], [Shard(0), Replicate()], [Replicate(),
 
 
 def _zeros(placements, mesh, full=FULL) -> DTensor:
-    return distribute_tensor(torch.zeros_like(full), mesh, placements, src_data_rank=None)
+    return worlds.distribute(torch.zeros_like(full), mesh, placements)
 
 
 def _whole(value: DTensor) -> torch.Tensor:
@@ -79,13 +81,14 @@ def test_every_layout_of_a_square_into_every_other(tmp_path):
     assert all(torch.equal(FULL, Snapshot(tmp_path / str(number)).read_object("s/x")) for number in range(len(LAYOUTS_2D)))
 
 
+@pytest.mark.skipif("src_data_rank" not in inspect.signature(distribute_tensor).parameters, reason="this torch cuts no empty tensors")
 def test_empty_shards_numbers_and_tensors_without_elements(tmp_path):
     """Of two rows on three ranks the last has none."""
     state = {"rows": torch.arange(8.0).reshape(2, 4), "number": torch.tensor(3.0), "empty": torch.empty(0, 4), "flat": torch.empty(5, 0)}
 
     def sharded(mesh, values):
         layouts = {name: [Shard(0) if value.dim() else Replicate()] for name, value in values.items()}
-        return {name: distribute_tensor(value, mesh, layouts[name], src_data_rank=None) for name, value in values.items()}
+        return {name: worlds.distribute(value, mesh, layouts[name]) for name, value in values.items()}
 
     def work(rank):
         mesh = init_device_mesh("cpu", (3,))
@@ -311,7 +314,7 @@ def test_replicas_are_written_by_all_who_hold_them(tmp_path):
 
     def work(rank):
         mesh = init_device_mesh("cpu", (2, 2))
-        Snapshot.take(tmp_path / "a", {"s": StateDict(x=distribute_tensor(full, mesh, [Replicate(), Shard(0)], src_data_rank=None))})
+        Snapshot.take(tmp_path / "a", {"s": StateDict(x=worlds.distribute(full, mesh, [Replicate(), Shard(0)]))})
 
     worlds.results(4, work)
     (entry,) = Snapshot(tmp_path / "a").entries("s/x")

@@ -179,27 +179,28 @@ def _check(kind: str, size: int, other: str, other_size: int, folder: Path) -> N
         ("ddp", 2, "ddp", 2),
         ("ddp", 2, "ddp", 3),
         ("ddp", 2, "alone", 1),
-        ("fsdp", 2, "fsdp", 2),
-        ("fsdp", 2, "fsdp", 3),
-        ("fsdp", 3, "fsdp", 2),
-        ("fsdp", 4, "fsdp", 1),
-        ("fsdp", 2, "alone", 1),
-        ("alone", 1, "fsdp", 3),
-        ("fsdp", 2, "ddp", 2),
+        pytest.param("fsdp", 2, "fsdp", 2, marks=worlds.NEEDS_FSDP),
+        pytest.param("fsdp", 2, "fsdp", 3, marks=worlds.NEEDS_FSDP),
+        pytest.param("fsdp", 3, "fsdp", 2, marks=worlds.NEEDS_FSDP),
+        pytest.param("fsdp", 4, "fsdp", 1, marks=worlds.NEEDS_FSDP),
+        pytest.param("fsdp", 2, "alone", 1, marks=worlds.NEEDS_FSDP),
+        pytest.param("alone", 1, "fsdp", 3, marks=worlds.NEEDS_FSDP),
+        pytest.param("fsdp", 2, "ddp", 2, marks=worlds.NEEDS_FSDP),
         ("tensor-parallel", 2, "tensor-parallel", 2),
         ("tensor-parallel", 4, "tensor-parallel", 2),
         ("tensor-parallel", 2, "alone", 1),
-        ("fsdp-and-tensor-parallel", 4, "fsdp-and-tensor-parallel", 4),
-        pytest.param("fsdp-and-tensor-parallel", 4, "fsdp-and-tensor-parallel", 2, marks=pytest.mark.slow),
-        pytest.param("fsdp-and-tensor-parallel", 4, "fsdp", 3, marks=pytest.mark.slow),
-        ("hsdp", 4, "hsdp", 4),
-        pytest.param("hsdp", 4, "fsdp", 3, marks=pytest.mark.slow),
+        pytest.param("fsdp-and-tensor-parallel", 4, "fsdp-and-tensor-parallel", 4, marks=worlds.NEEDS_FSDP),
+        pytest.param("fsdp-and-tensor-parallel", 4, "fsdp-and-tensor-parallel", 2, marks=[pytest.mark.slow, worlds.NEEDS_FSDP]),
+        pytest.param("fsdp-and-tensor-parallel", 4, "fsdp", 3, marks=[pytest.mark.slow, worlds.NEEDS_FSDP]),
+        pytest.param("hsdp", 4, "hsdp", 4, marks=worlds.NEEDS_FSDP),
+        pytest.param("hsdp", 4, "fsdp", 3, marks=[pytest.mark.slow, worlds.NEEDS_FSDP]),
     ],
 )
 def test_training_goes_on_as_if_it_had_not_been_interrupted(kind, size, other, other_size, tmp_path):
     _check(kind, size, other, other_size, tmp_path)
 
 
+@worlds.NEEDS_FSDP
 @pytest.mark.slow
 def test_six_ranks_cut_what_two_have_cut(tmp_path):
     """28 rows cut in two, and each part in three: strided shards of uneven length."""
@@ -277,6 +278,7 @@ def test_an_optimizer_of_another_module_is_each_rank_s_own(tmp_path):
     assert [0.1, 0.2] == [snapshot.read_object("optimizer/param_groups/0/lr", rank=rank) for rank in range(2)]
 
 
+@worlds.NEEDS_FSDP
 @pytest.mark.parametrize("size", [2, 3])
 def test_fsdp1_through_state_dicts(tmp_path, size):
     """FSDP1 and its optimizer, as ``get_state_dict`` gives them: sharded tensors, under the names of the module."""
@@ -317,6 +319,7 @@ def test_fsdp1_through_state_dicts(tmp_path, size):
         assert found == (expected if size == 2 else pytest.approx(expected, rel=1e-5))
 
 
+@worlds.NEEDS_FSDP
 def test_a_fresh_optimizer_lacks_nothing_and_a_module_that_differs_is_told(tmp_path):
     def work(rank):
         state = _state("fsdp", rank)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import faulthandler
+import functools
+import inspect
 import os
 import pickle
 import selectors
@@ -20,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo  # this and the next three are imported once, here, and not by every rank: it takes seconds
 import torch.distributed as dist
@@ -30,6 +33,7 @@ import torch.distributed.tensor.parallel
 from tests.engine.processes import Ended
 
 LIMIT_SECONDS = 60.0
+NEEDS_FSDP = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP of this torch does not do this on a CPU")
 _LONG = dt.timedelta(seconds=60)
 
 
@@ -72,6 +76,14 @@ def errors(size: int, function: Callable[[int], Any], *, limit: float = LIMIT_SE
     ended = run(size, function, limit=limit)
     assert all(isinstance(one.error, BaseException) for one in ended), ended
     return [one.error for one in ended]  # type: ignore[misc]
+
+
+def distribute(full: torch.Tensor, mesh: Any, placements: Any) -> torch.distributed.tensor.DTensor:
+    """A DTensor of what all ranks have; nobody talks, but with torch 2.6."""
+    from torch.distributed.tensor import distribute_tensor
+
+    silently = {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
+    return distribute_tensor(full, mesh, placements, **silently)
 
 
 def _start(
@@ -119,8 +131,12 @@ def _store(server: socket.socket, *, is_keeper: bool) -> dist.TCPStore:
     """The store of the process group; whoever keeps it listens at a port that is taken already, so that nobody can come between."""
     port = server.getsockname()[1]
     if is_keeper:
+        make = functools.partial(dist.TCPStore, "127.0.0.1", port, None, is_master=True, timeout=_LONG, wait_for_workers=False)
         listening = server.detach()
-        return dist.TCPStore("127.0.0.1", port, None, is_master=True, timeout=_LONG, wait_for_workers=False, master_listen_fd=listening)
+        try:
+            return make(master_listen_fd=listening)
+        except NotImplementedError:  # torch 2.6 can take over a socket with its older server alone
+            return make(master_listen_fd=listening, use_libuv=False)
     server.close()
     return dist.TCPStore("127.0.0.1", port, None, is_master=False, timeout=_LONG, wait_for_workers=False)
 

@@ -14,6 +14,8 @@ import torch
 from expstate import Snapshot, StateDict
 from expstate.engine import memory
 
+KEPT = pytest.mark.campaign("Old snapshots are read", "kept snapshots of the first format: plain, incremental, shared, fingerprints")
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:

@@ -20,9 +20,10 @@ from expstate import RNGState, Snapshot, StateDict, settings
 from expstate.errors import NeedsTrustWarning, PickleNotAllowedError
 from expstate.format import manifest as manifests
 from expstate.state.objects import safe_mode_holds
+from tests.campaign import Campaign
 from tests.state.conftest import assert_same
 
-from .conftest import TiedModel, is_equal, mlp
+from .conftest import KEPT, TiedModel, is_equal, mlp
 from .data import make_format_1
 
 NATIVE = [
@@ -156,7 +157,8 @@ def kept() -> Snapshot:
     return Snapshot(make_format_1.FOLDER)
 
 
-def test_the_first_format_is_read(kept: Snapshot) -> None:
+@KEPT
+def test_the_first_format_is_read(kept: Snapshot, campaign: Campaign) -> None:
     """Format, metadata and keys of the committed snapshot, and all of its bytes."""
     data = json.loads((make_format_1.FOLDER / "snapshot.json").read_bytes())
     found = kept.metadata
@@ -167,11 +169,13 @@ def test_the_first_format_is_read(kept: Snapshot) -> None:
     assert ("model", "optimizer", "tensors", "arrays", "values/100%", "rng") == kept.keys()
     for name, expected in make_format_1.METADATA.items():
         assert_same(tuple(expected) if name == "tags" else expected, getattr(found, name))
+    campaign.tried()
 
 
+@KEPT
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("key", ["tensors", "arrays", "values/100%"])
-def test_values_of_the_first_format(kept: Snapshot, key: str) -> None:
+def test_values_of_the_first_format(kept: Snapshot, key: str, campaign: Campaign) -> None:
     """Each of them, of the same type and the same bits, new and over live ones."""
     make = {"tensors": make_format_1.tensors, "arrays": make_format_1.arrays, "values/100%": make_format_1.values}[key]
     found = kept.get_state_dict_for_key(key, trust=True)
@@ -187,6 +191,7 @@ def test_values_of_the_first_format(kept: Snapshot, key: str) -> None:
                 assert expected.bit_generator.state == state[name].bit_generator.state
             else:
                 assert_same(expected, state[name])
+    campaign.tried()
 
 
 def test_objects_of_the_first_format_need_trust(kept: Snapshot) -> None:
@@ -199,6 +204,7 @@ def test_objects_of_the_first_format_need_trust(kept: Snapshot) -> None:
     assert -(2**200) == kept.read_object("values%2F100%25/ints")[3]
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_ties_of_the_first_format(kept: Snapshot) -> None:
     """One tensor under several names."""
     first, second = kept.get_state_dict_for_key("tensors")["tied"]
@@ -206,7 +212,8 @@ def test_ties_of_the_first_format(kept: Snapshot) -> None:
     assert first is second["again"]
 
 
-def test_a_training_of_the_first_format_goes_on(kept: Snapshot) -> None:
+@KEPT
+def test_a_training_of_the_first_format_goes_on(kept: Snapshot, campaign: Campaign) -> None:
     """Model, optimizer and random generators, as they were when it was taken."""
     model, optimizer = make_format_1.model_and_optimizer()
     expected = {name: value.clone() for name, value in model.state_dict().items()}
@@ -221,6 +228,7 @@ def test_a_training_of_the_first_format_goes_on(kept: Snapshot) -> None:
     assert_same(optimizer.state_dict(), momentum.state_dict())
     assert fresh.head.weight is fresh.embedding.weight
     assert [[-0.5, 0.5, 1.5]] == fresh.embedding.weight[:1].tolist()
+    campaign.tried()
 
 
 def test_a_take_today_has_the_form_of_the_first_format(kept: Snapshot, place: Path) -> None:
@@ -249,9 +257,9 @@ def test_long_values_and_digests_have_a_fixed_form(place: Path) -> None:
     assert ["tensor", "state/text/data", "uint8", (70_000,)] == found["state/text/data"][:4]
     assert ["container", "state/ints", "packed", {"kind": "list", "items": "int", "length": 10_001}, None] == found["state/ints"]
     assert ["tensor", "state/ints/data", "int64", (10_001,)] == found["state/ints/data"][:4]
-    ((_, _, digest, blocks, starts, sizes),) = found["state/blocks"][4]
+    ((_, _, digest, blocks, starts, sizes, fingerprint),) = found["state/blocks"][4]
     assert [blake3(zeros).digest(), zeros] == [base64.b64decode(digest), base64.b64decode(blocks)]
-    assert (None, None) == (starts, sizes)
-    ((_, _, _, (file, offset), _, _),) = found["state/many"][4]
+    assert (None, None, None) == (starts, sizes, fingerprint)
+    ((_, _, _, (file, offset), *_),) = found["state/many"][4]
     assert opened.manifest.files[file].name.startswith("digests-00001-")
     assert 66 * 32 == (place / opened.manifest.files[file].name).stat().st_size - offset

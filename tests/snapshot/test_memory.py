@@ -100,6 +100,29 @@ def test_a_take_in_the_background_stays_within_its_budget(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("budget_mib", [_BUDGET_MIB, 700])
+@pytest.mark.parametrize("verb", ["take", "async_take"])
+def test_an_incremental_take_stays_within_its_budget(place: Path, verb: str, budget_mib: int) -> None:
+    """Whether it compares the state where it lies, or copies of all of it."""
+    extra = _peak(
+        place,
+        f"""
+        live = state(1)
+        base = Snapshot.take(sys.argv[1] + "/base", {{"state": live}}, memory_budget_bytes=BUDGET)
+        for number in range(0, 30, 3):
+            live[f"t{{number}}"] += 1
+        live["wide"] += 1
+        with Peak():
+            taken = Snapshot.{verb}(sys.argv[1] + "/s", {{"state": live}}, base=base, memory_budget_bytes={budget_mib} * MIB)
+            taken = taken.wait() if hasattr(taken, "wait") else taken
+        assert taken.manifest.files[0].name.startswith("state-") and any(file.name.startswith("base/") for file in taken.manifest.files)
+        """,
+    )
+
+    assert extra <= budget_mib + _SLACK_MIB
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("atomic", [False, True])
 def test_a_restore_in_place_stays_within_its_budget(place: Path, atomic: bool) -> None:
     """No second copy of the state; an atomic one reads twice."""

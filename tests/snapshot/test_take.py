@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from expstate import ProgressUpdate, RNGState, Snapshot, StateDict, settings
+from expstate import ProgressUpdate, RNGState, Snapshot, StateDict, progress, settings
 from expstate.errors import NeedsTrustWarning, SnapshotExistsError, UnsupportedValueError
 from expstate.format.manifest import AliasEntry, TensorEntry
+from expstate.state.objects import safe_mode_holds
 
 from .conftest import TiedModel, Watched, digest_of, is_equal, mlp, train
 
@@ -224,6 +226,36 @@ def test_progress_is_told_in_bytes(place: Path) -> None:
     assert snapshot.nbytes == told[-1].done_bytes
 
 
+def test_a_bar_is_there_only_when_it_is_seen(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An interrupt that comes while a bar is thrown away is lost: what takes no time has none."""
+    made: list[str] = []
+    really = progress._bar
+    monkeypatch.setattr(progress, "_bar", lambda operation, total: made.append(operation) or really(operation, total))
+    state = {"state": StateDict(a=torch.zeros(3, 1024, 1024))}
+
+    Snapshot.take(place, state, progress=True)
+    assert ([], "") == (made, capsys.readouterr().err)
+    with settings.override(progress_delay_seconds=0):
+        assert Snapshot(place).verify(progress=True).ok
+    assert ["verify"] == made
+    assert "verify:   0%" in capsys.readouterr().err
+
+
+def test_a_bar_that_comes_late_shows_all_from_the_beginning(capsys: pytest.CaptureFixture[str]) -> None:
+    with settings.override(progress_delay_seconds=0.05):
+        shown = progress.Progress("take", 4096, option=True)
+        shown.add(1024)
+        time.sleep(0.1)
+        assert "" == capsys.readouterr().err
+        shown.add(2048)
+        shown._bar.refresh()
+        shown.close()
+        shown.add(1024)
+
+    assert "take:  75%" in capsys.readouterr().err
+    assert shown._bar is None
+
+
 def test_a_stateful_of_your_own_can_be_taken(place: Path) -> None:
     """Anything with ``state_dict()`` and ``load_state_dict()``, whatever the state is."""
     Snapshot.take(place, {"own": Watched(a=torch.arange(3), b=[{"c": 1}])})
@@ -291,7 +323,7 @@ def test_values_that_cannot_be_stored_are_named(place: Path, value: Any, words: 
 
 def test_objects_that_will_need_trust_are_told_at_the_take(place: Path) -> None:
     """The warning names the entries and points to the caller's line, not to the library."""
-    with pytest.warns(NeedsTrustWarning, match=r"'state/opaque'.*Opaque") as found:
+    with pytest.warns(NeedsTrustWarning, match=rf"'state/opaque'.*{'Opaque' if safe_mode_holds() else '2.10 can'}") as found:
         Snapshot.take(place, {"state": StateDict(opaque=Opaque(), plain=1)})
 
     assert [__file__] == [warning.filename for warning in found]

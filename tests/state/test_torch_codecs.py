@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from types import SimpleNamespace
@@ -319,7 +320,10 @@ def test_subclasses_without_parts_are_left_to_pickle() -> None:
 def test_views_of_sub_byte_tensors_are_left_to_pickle() -> None:
     """Integers that share their bytes with others are not taken apart."""
     whole = torch._empty_affine_quantized((4, 4), scale=0.1, zero_point=0, dtype=torch.quint4x2)
-    for view in (whole[1:], whole[:1], whole.t(), _sub_byte(torch.quint4x2).view(15)):
+    views = [whole[:1], _sub_byte(torch.quint4x2).view(15)]
+    with contextlib.suppress(RuntimeError):  # which some versions of torch count as longer than their storage
+        views += [whole[1:], whole.t()]
+    for view in views:
         (leaf,) = tree.flatten("key", view)
         assert isinstance(leaf, tree.Object)
 

@@ -113,7 +113,7 @@ PLAIN = [
     np.str_(""),
     np.bytes_(b"a"),
     np.datetime64("2026-01-01", "D"),
-    np.datetime64("NaT"),
+    np.array([-(2**63)]).view("M8")[0],  # NaT of no unit, which newer NumPy makes under protest
     np.timedelta64(3, "ms"),
     np.void(b"\x00\x01"),
     np.array([1], ">i4")[0],

@@ -15,10 +15,11 @@ from expstate.storage.registry import open_storage
 from expstate.testing import Call, FaultyStorage
 from expstate.testing.cases import DATA, SMALL, TOKEN, aligned, random_bytes
 from expstate.testing.data_files import DataFileTests
+from expstate.testing.shared_files import SharedFileTests
 from expstate.testing.small_files import SmallFileTests
 
 
-class TestFaultyStorageWithoutFaults(DataFileTests, SmallFileTests):
+class TestFaultyStorageWithoutFaults(DataFileTests, SmallFileTests, SharedFileTests):
     """It is as good as the storage under it."""
 
     # Another process cannot reach it.

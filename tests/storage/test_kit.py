@@ -12,6 +12,7 @@ import pytest
 
 from expstate.storage.base import FileInfo, FileWriter, Storage
 from expstate.storage.local import LocalStorage
+from expstate.testing.cases import DATA, random_bytes
 from expstate.testing.faulty import FaultyStorage
 from expstate.testing.storage import FolderStorageTests
 
@@ -78,6 +79,25 @@ class Overwriting(LocalStorage):
         return super().create_file(name, size)
 
 
+class Moving(LocalStorage):
+    """Takes a file away from where it was."""
+
+    def link_file(self, name: str, source: Storage, source_name: str) -> bool:
+        done = super().link_file(name, source, source_name)
+        source.delete(source_name)
+        return done
+
+
+class Pointing(LocalStorage):
+    """Has a link that leads to the other file."""
+
+    def link_file(self, name: str, source: Storage, source_name: str) -> bool:
+        path = Path(self.path) / name
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(Path(source.url) / source_name)
+        return True
+
+
 class Cases(FolderStorageTests):
     """The tests, to be called one by one."""
 
@@ -121,6 +141,20 @@ def test_a_broken_storage_fails_where_a_good_one_passes(tmp_path: Path, broken, 
         else:
             with pytest.raises((AssertionError, pytest.fail.Exception)):
                 getattr(Cases(), test)(storage, *arguments)
+
+
+@pytest.mark.parametrize("broken", [Moving, Pointing])
+def test_a_storage_that_does_not_really_share_files_fails(tmp_path: Path, broken: type[LocalStorage]) -> None:
+    for make in (LocalStorage, broken):
+        place = tmp_path / make.__name__
+        storage, earlier = make(str(place)), LocalStorage(str(place / "earlier"))
+        earlier.prepare()
+        Cases.put(earlier, DATA, random_bytes(10_000))
+        if make is LocalStorage:
+            Cases().test_a_file_of_another_folder_is_here_too(storage, earlier, place, "neither")
+        else:
+            with pytest.raises(AssertionError):
+                Cases().test_a_file_of_another_folder_is_here_too(storage, earlier, place, "neither")
 
 
 def test_the_storages_for_tests_do_not_need_pytest() -> None:

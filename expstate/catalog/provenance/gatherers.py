@@ -49,6 +49,8 @@ OWN: dict[str, Gatherer] = {
     "run": lambda seen: run.without_secrets(seen.run),
     "environment": machine.environment,
 }
+TAKEN = ("replicated", "busy")
+"""What the take itself adds."""
 MINIMAL: dict[str, tuple[str, ...]] = {"project": (), "git": ("commit", "dirty"), "python": ("version",), "torch": ("version",)}
 """What the level ``minimal`` keeps, and which fields of it."""
 
@@ -78,8 +80,8 @@ def register(name: str, gatherer: Gatherer) -> None:
     >>> provenance.register("cluster", lambda seen: {"node": os.environ.get("SLURMD_NODENAME")})
     >>> provenance.unregister("cluster")
     """
-    if not isinstance(name, str) or not name.isidentifier() or name in OWN or name == "replicated":
-        msg = f"a gatherer's name is an identifier and none of {', '.join(OWN)}, replicated; got {name!r}"
+    if not isinstance(name, str) or not name.isidentifier() or name in {*OWN, *TAKEN}:
+        msg = f"a gatherer's name is an identifier and none of {', '.join([*OWN, *TAKEN])}; got {name!r}"
         raise InvalidArgumentError(msg)
     given: object = gatherer
     if not callable(given):

@@ -49,6 +49,10 @@ class Gathering:
         self._threads: list[threading.Thread] = []
         self._limit = 0.0
 
+    def add(self, name: str, value: Any) -> None:
+        """Record this too, in any case."""
+        self._given[name] = clean(value)
+
     def start(self) -> None:
         """Look at what only the caller's thread knows, and begin with the rest in the background; never raises."""
         folder = project.working_folder()

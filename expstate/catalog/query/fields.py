@@ -83,7 +83,7 @@ _SYNONYMS = {
     "created_at": "created",
     "duration_seconds": "duration",
     "nbytes": "size",
-    "written_bytes": "written",
+    "nbytes_written": "written",
     "tags": "tag",
     "aliases": "alias",
 }

@@ -79,7 +79,8 @@ class Writer(StorageWriter):
 
     On several ranks all make one with the same arguments. The first holds the place and commits; if a rank fails, all raise, and nothing
     is left; what a killed one leaves, ``expstate.gc`` removes. It works in the thread and in the process of ``dcp.async_save``, with any
-    process group, and with none. A planner that makes new tensors has all of them in memory while they are written.
+    process group, and with none. A planner that makes new tensors has all of them in memory while they are written. The ``async_save`` of
+    torch versions without ``async_stager`` copies nothing that lies on the host, whatever the writer: change it when the future is done.
 
     Parameters
     ----------

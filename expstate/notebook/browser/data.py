@@ -265,7 +265,7 @@ def row_of(record: Record, columns: Sequence[str], now: dt.datetime) -> dict[str
         "pinned": record.pinned,
         "status": record.status,
         "created": record.created_at.timestamp(),
-        "bytes": record.written_bytes,
+        "bytes": record.nbytes_written,
         "cells": [_cell(record, name, now) for name in columns],
     }
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from expstate.catalog.provenance import current_project
-from expstate.engine.report import bytes_text, counted
+from expstate.catalog.space import nbytes_unique
+from expstate.engine.report import counted, freed_text
 from expstate.errors import ExpstateError, InvalidArgumentError
 from expstate.notebook.browser.overview import record_of
 
@@ -70,7 +71,8 @@ def ask_delete(catalog: Catalog, ids: Sequence[str]) -> dict[str, Any]:
     records = [record_of(catalog, one) for one in ids]
     for record in records:
         catalog.delete(record.id, project=record.project, dry_run=True)
-    return {"what": f"{counted(len(records), 'snapshot')}, {bytes_text(sum(record.nbytes for record in records))}"}
+    size = freed_text(sum(record.nbytes for record in records), nbytes_unique(records))
+    return {"what": f"{counted(len(records), 'snapshot')}, {size}"}
 
 
 def delete(job: Job, catalog: Catalog, ids: Sequence[str]) -> dict[str, Any]:

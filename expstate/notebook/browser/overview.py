@@ -9,6 +9,7 @@ from __future__ import annotations
 import keyword
 from typing import TYPE_CHECKING, Any
 
+from expstate.commands.texts import sizes_text
 from expstate.engine.report import bytes_text, counted
 from expstate.errors import RefNotFoundError
 from expstate.notebook.browser import texts
@@ -90,7 +91,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "taken", f"{record.created_at:%Y-%m-%d %H:%M:%S} UTC"
     if record.duration_seconds is not None:
         yield "duration", f"{record.duration_seconds:.3g} s"
-    yield "size", f"{bytes_text(record.nbytes)}, {bytes_text(record.written_bytes)} new"
+    yield "size", sizes_text(record)
     for location in record.locations:
         where = f" on {location.host}" if location.host else ""
         yield "place", f"{location.url}{where}{'' if location.status == 'present' else f' ({location.status})'}"

@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -163,8 +163,20 @@ class GcsClient(FsspecClient):
             f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(told)}\r\n"
             f"--{boundary}\r\nContent-Type: application/octet-stream\r\n\r\n"
         )
-        body = Body([head.encode(), *data, f"\r\n--{boundary}--\r\n".encode()], _READ_SECONDS)
-        query = {"uploadType": "multipart", "ifGenerationMatch": "0" if condition == ABSENT else condition}
+        parts = [head.encode(), *data, f"\r\n--{boundary}--\r\n".encode()]
+        sent = {"name": key, "size": str(size), kind: digest}
+        stored = self._send(key, parts, boundary, "0" if condition == ABSENT else condition)
+        has_replaced = condition not in {None, ABSENT} and stored.get("name", key) == key and stored.get("generation")
+        if has_replaced and not _is_as_sent(stored, sent):
+            # What was there is gone: the right bytes in its place are all that helps.
+            stored = self._send(key, parts, boundary, str(stored["generation"]))
+        if not _is_as_sent(stored, sent):
+            self._take_back(key, stored, sent)
+
+    def _send(self, key: str, parts: Sequence[Buffer], boundary: str, condition: str | None) -> Any:
+        """Upload an object by one request; what the server says that it has stored."""
+        body = Body(parts, _READ_SECONDS)
+        query = {"uploadType": "multipart", "ifGenerationMatch": condition}
 
         async def send(files: Any) -> Any:
             url = f"{files._location}/upload/storage/v1/b/{quote(self._bucket, safe='')}/o"  # noqa: SLF001 - where else than the rest
@@ -173,19 +185,16 @@ class GcsClient(FsspecClient):
                 return _decoded(await reply.read())
 
         try:
-            stored = self._run("writing", key, send)
+            return self._run("writing", key, send)
         finally:
             body.release()
-        self._compare(key, stored, {"size": str(size), kind: digest})
 
-    def _compare(self, key: str, found: Mapping[str, Any], sent: Mapping[str, str]) -> None:
-        """See that what the server has stored is what it was sent; if not, remove it."""
-        wrong = [name for name, value in sent.items() if name in found and str(found[name]) != value]
-        if not wrong and "size" in found:
-            return
-        if found.get("generation"):
+    def _take_back(self, key: str, stored: Mapping[str, Any], sent: Mapping[str, str]) -> NoReturn:
+        """Remove what is not what was sent, and say so."""
+        if stored.get("generation"):
             with contextlib.suppress(StorageError, OSError):
-                self.delete(key, version=str(found["generation"]))
+                self.delete(str(stored.get("name", key)), version=str(stored["generation"]))
+        wrong = _differing(stored, sent)
         told = f"says that it has stored another {' and '.join(wrong)}" if wrong else "does not say what it has stored"
         msg = f"writing '{self.url}/{key}' failed: the server {told}"
         raise TransientError(msg)
@@ -275,6 +284,15 @@ def _check_generation(reply: aiohttp.ClientResponse, version: str | None) -> Non
     """See that a server has kept the condition, which not all do."""
     if version is not None and reply.headers.get("X-Goog-Generation", version) != version:
         raise RefusedError(HTTPStatus.PRECONDITION_FAILED, "conditionNotMet", "another generation is there")
+
+
+def _differing(stored: Mapping[str, Any], sent: Mapping[str, str]) -> list[str]:
+    """What the server has stored otherwise, as far as it says."""
+    return [name for name, value in sent.items() if name in stored and str(stored[name]) != value]
+
+
+def _is_as_sent(stored: Mapping[str, Any], sent: Mapping[str, str]) -> bool:
+    return "size" in stored and not _differing(stored, sent)
 
 
 def _digest(data: Sequence[Buffer]) -> tuple[str, str]:

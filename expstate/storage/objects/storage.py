@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from expstate import settings
 from expstate.errors import (
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from expstate.storage.objects.client import Buffer, ObjectClient, ObjectInfo
+
+_Result = TypeVar("_Result")
 
 _LEAST_THREADS = 16
 _FEW_FILES = 3
@@ -86,9 +88,10 @@ class _ObjectWriter(FileWriter):
         client = self._storage.client
         with self._lock:
             if self._upload_id is None:
-                self._upload_id = persist(f"beginning an upload of {self._key!r}", lambda: client.begin_upload(self._key))
+                self._upload_id = _asked(f"beginning an upload of {self._key!r}", lambda: client.begin_upload(self._key), may_lack=False)
         upload_id = self._upload_id
-        part = persist(f"writing part {number + 1} of {self._key!r}", lambda: client.put_part(self._key, upload_id, number + 1, data))
+        what = f"writing part {number + 1} of {self._key!r}"
+        part = _asked(what, lambda: client.put_part(self._key, upload_id, number + 1, data), may_lack=False)
         with self._lock:
             self._parts[number + 1] = part
 
@@ -97,7 +100,7 @@ class _ObjectWriter(FileWriter):
             self._storage.put_new(self._key, [])
         elif self._in_parts and self._upload_id is not None and not self._kept:
             upload_id, client = self._upload_id, self._storage.client
-            persist(f"completing {self._key!r}", lambda: client.finish_upload(self._key, upload_id, self._parts))
+            _asked(f"completing {self._key!r}", lambda: client.finish_upload(self._key, upload_id, self._parts), may_lack=False)
             self._upload_id = None
         elif not self._is_stored:
             msg = f"not all of {self._key!r} was written"
@@ -146,6 +149,18 @@ class _ObjectReader(FileReader):
 
     def close(self) -> None:
         pass
+
+
+def _asked(what: str, action: Callable[[], _Result], *, may_lack: bool = True) -> _Result:
+    """``persist`` for requests without a condition. None can be refused for one, and only what ``may_lack`` an object can miss it."""
+    try:
+        return persist(what, action)
+    except FileExistsError as error:
+        raise StorageError(str(error)) from error
+    except FileNotFoundError as error:
+        if may_lack:
+            raise
+        raise StorageError(str(error)) from error
 
 
 class _Put:
@@ -264,6 +279,10 @@ class ObjectStorage(Storage):
             persist(f"writing {key!r}", request.once)
         except CommitUnknownError:
             raise
+        except FileNotFoundError as error:
+            if condition not in {None, ABSENT}:
+                raise
+            raise StorageError(str(error)) from error  # the bucket is gone
         except StorageError as error:
             try:
                 is_done = request.is_unclear and persist(f"looking at {key!r}", request.is_mine)
@@ -311,7 +330,7 @@ class ObjectStorage(Storage):
     def _version_of(self, key: str, expected: bytes) -> str:
         """The version of an object that holds these bytes; ``FileExistsError`` if it does not."""
         try:
-            found, version = persist(f"reading {key!r}", lambda: self.client.get_whole(key))
+            found, version = _asked(f"reading {key!r}", lambda: self.client.get_whole(key))
         except FileNotFoundError:
             raise FileExistsError(key) from None
         if found != expected:
@@ -320,12 +339,12 @@ class ObjectStorage(Storage):
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
         key = self._key(name)
-        return persist(f"reading {key!r}", lambda: self.client.get_whole(key, limit))[0]
+        return _asked(f"reading {key!r}", lambda: self.client.get_whole(key, limit))[0]
 
     # All files
 
     def _head(self, key: str) -> ObjectInfo:
-        return persist(f"looking at {key!r}", lambda: self.client.head(key))
+        return _asked(f"looking at {key!r}", lambda: self.client.head(key))
 
     def stat(self, name: str) -> FileInfo:
         info = self._head(self._key(name))
@@ -333,7 +352,7 @@ class ObjectStorage(Storage):
 
     def _listed(self) -> list[ObjectInfo]:
         """All objects below the folder, at any depth."""
-        return persist(f"listing {self.url!r}", lambda: list(self.client.list(self._start)))
+        return _asked(f"listing {self.url!r}", lambda: list(self.client.list(self._start)), may_lack=False)
 
     def list(self) -> Iterator[FileInfo]:
         for info in self._listed():
@@ -344,21 +363,25 @@ class ObjectStorage(Storage):
 
     def delete(self, name: str, *, expected: bytes | None = None) -> None:
         key = self._key(name)
-        version = None if expected is None else self._version_of(key, expected)
-        persist(f"removing {key!r}", lambda: self.client.delete(key, version=version or None))
+        version = (self._version_of(key, expected) or None) if expected is not None else None
+        remove = persist if version else _asked
+        remove(f"removing {key!r}", lambda: self.client.delete(key, version=version))
+
+    def may_link(self, source: Storage) -> bool:
+        return isinstance(source, ObjectStorage) and source.client.store == self.client.store
 
     def copy_file(self, name: str, source: Storage, source_name: str) -> bool:
-        if not isinstance(source, ObjectStorage) or source.client.store != self.client.store:
+        if not isinstance(source, ObjectStorage) or not self.may_link(source):
             return False
         key, source_key = self._key(name), source._key(source_name)  # noqa: SLF001 - another of this class
-        return persist(f"copying {source_key!r} to {key!r}", lambda: self.client.copy(source.client, source_key, key))
+        return _asked(f"copying {source_key!r} to {key!r}", lambda: self.client.copy(source.client, source_key, key))
 
     def clock(self) -> float:
-        # The server's, as it stamps an object that is there for a moment.
+        # The server's, as it stamps an object that is there for a moment. If it cannot be removed, ``gc`` knows it by its name.
         key = self._key(f".clock-{uuid.uuid4().hex}")
         try:
-            persist(f"writing {key!r}", lambda: self.client.put(key, [b"clock"]))
-            return self._head(key).modified_at
+            _asked(f"writing {key!r}", lambda: self.client.put(key, [b"clock"]), may_lack=False)
+            return _asked(f"looking at {key!r}", lambda: self.client.head(key), may_lack=False).modified_at
         except StoragePermissionError:
             return time.time()  # who may only read; in any other case a wrong clock would be taken for the server's
         finally:
@@ -366,10 +389,10 @@ class ObjectStorage(Storage):
                 self.client.delete(key)
 
     def end_uploads(self, older_than: float) -> int:
-        found = persist(f"listing the uploads to {self.url!r}", lambda: list(self.client.uploads(self._start)))
+        found = _asked(f"listing the uploads to {self.url!r}", lambda: list(self.client.uploads(self._start)), may_lack=False)
         ended = [upload for upload in found if upload.begun_at < older_than]
         for upload in ended:
-            persist(f"ending an upload to {upload.key!r}", lambda: self.client.abort_upload(upload.key, upload.upload_id))  # noqa: B023 - called at once
+            _asked(f"ending an upload to {upload.key!r}", lambda: self.client.abort_upload(upload.key, upload.upload_id))  # noqa: B023 - called at once
         return len(ended)
 
     def walk(self, *, depth: int | None = None, on_error: Callable[[str, ExpstateError], object] | None = None) -> Iterator[Storage]:

@@ -94,7 +94,9 @@ def tensors() -> dict[str, Any]:
 
 
 def arrays() -> dict[str, Any]:
-    """NumPy's and pandas' values."""
+    """NumPy's and pandas' values; what each version of pandas would choose by itself is that of the one it was taken with."""
+    texts = pd.StringDtype("python", na_value=np.nan)
+    columns = {"x": [1.5, None, 3.0], "n": np.array([1, 2, 3], "int8"), "when": pd.date_range("2026-11-01", periods=3, unit="us")}
     return {
         "float": np.arange(6.0).reshape(2, 3),
         "big-endian": np.arange(4, dtype=">i4"),
@@ -107,10 +109,8 @@ def arrays() -> dict[str, Any]:
         "scalar": np.float32(1.25),
         "dtype": np.dtype("<U5"),
         "generator": np.random.Generator(np.random.PCG64(5)),
-        "frame": pd.DataFrame(
-            {"x": [1.5, None, 3.0], "n": np.array([1, 2, 3], "int8"), "when": pd.date_range("2026-11-01", periods=3)}, index=[3, 4, 5]
-        ),
-        "series": pd.Series(pd.Categorical(["a", "b", "a"]), name="category"),
+        "frame": pd.DataFrame(columns, index=[3, 4, 5]).set_axis(pd.Index(list(columns), dtype=texts), axis=1),
+        "series": pd.Series(pd.Categorical(["a", "b", "a"], categories=pd.Index(["a", "b"], dtype=texts)), name="category"),
     }
 
 

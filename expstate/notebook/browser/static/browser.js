@@ -8,6 +8,7 @@ const ROW = 30;          // height of a row of the table, in pixels
 const PAGE = 100;        // rows that are asked for at once
 const MOST_SELECTED = 500;
 const SILENT_MS = 4000;  // a kernel that has not answered by then is said to be silent
+const PRESSED_MS = 500;  // the longest that what comes waits for the end of a click
 
 // ---------------------------------------------------------------------------------------------------------------- small parts
 
@@ -106,12 +107,37 @@ class Failure extends Error {
 }
 class Cancelled extends Error {}
 
+/** Keeps what comes while the pointer is down until it is up: an element that is replaced when it was pressed gets no click. */
+function betweenClicks(root, hear) {
+  let kept = null;
+  const release = () => {
+    for (const message of kept ?? []) queueMicrotask(() => hear(message));
+    kept = null;
+  };
+  const soon = later(0, release);  // the click follows at once
+  const patience = later(PRESSED_MS, release);  // when a scroll bar is let go, nothing tells
+  const down = () => {
+    kept ??= [];
+    patience();
+  };
+  root.addEventListener("pointerdown", down, true);
+  for (const end of ["pointerup", "pointercancel"]) window.addEventListener(end, soon, true);
+  return {
+    hear: (message) => (kept ? kept.push(message) : hear(message)),
+    close() {
+      for (const end of ["pointerup", "pointercancel"]) window.removeEventListener(end, soon, true);
+      soon.cancel();
+      patience.cancel();
+    },
+  };
+}
+
 /** Questions to the kernel. `ask` gives a promise; the promise's `cancel` stops the work. */
-function connect(model, heard) {
+function connect(model, root, heard) {
   const own = Math.random().toString(36).slice(2, 10);  // the model may be shown several times: each view hears all answers
   const waiting = new Map();
   let count = 0;
-  const receive = (message) => {
+  const clicks = betweenClicks(root, (message) => {
     if (message.event) return heard(message);
     const one = waiting.get(message.number);
     if (!one) return;
@@ -119,8 +145,8 @@ function connect(model, heard) {
     waiting.delete(message.number);
     if ("result" in message) one.resolve(message.result);
     else one.reject("error" in message ? new Failure(message.error) : new Cancelled(message.cancelled));
-  };
-  model.on("msg:custom", receive);
+  });
+  model.on("msg:custom", clicks.hear);
   return {
     ask(name, given = {}, progress) {
       const number = `${own}-${(count += 1)}`;
@@ -130,7 +156,8 @@ function connect(model, heard) {
       return answer;
     },
     close() {
-      model.off("msg:custom", receive);
+      model.off("msg:custom", clicks.hear);
+      clicks.close();
       waiting.clear();
     },
   };
@@ -183,7 +210,7 @@ function open(model, root) {
     state: { busy: false, pending: [], failures: [], can_undo: false, can_redo: false },
     tab: "Overview", root, drafts: new Map(),
   };
-  view.link = connect(model, (message) => heard(view, message));
+  view.link = connect(model, root, (message) => heard(view, message));
   view.ask = view.link.ask;
   view.keep = () => {
     model.set("query", view.query);
@@ -1149,8 +1176,8 @@ function severalOverview(view, rows, pane) {
 function oneOverview(view, row, pane) {
   const own = scope();
   own.ask(view, "overview", { snapshot_id: row.id }).then((found) => {
-    pane.textContent = "";
-    pane.append(
+    redraw(
+      pane,
       heading(found.name),
       labels(view, found, "alias", found.aliases), labels(view, found, "tag", found.tags), noteField(view, own, found),
       ...(found.metrics.length ? [heading("Metrics"), pairs(found.metrics)] : []),
@@ -1164,6 +1191,18 @@ function oneOverview(view, row, pane) {
     );
   }, (error) => pane.append(problem(error)));
   return own;
+}
+
+/** Put other elements into a pane, and the cursor into the field that has the place of the one that it was in, with what is half typed. */
+function redraw(pane, ...elements) {
+  const before = pane.getRootNode().activeElement;
+  const testid = pane.contains(before) && before.dataset.testid;
+  pane.replaceChildren(...elements);
+  const after = testid && pane.querySelector(`[data-testid="${testid}"]`);
+  if (!after) return;
+  after.focus({ preventScroll: true });
+  if (after.tagName === "INPUT") after.value = before.value;  // of a note there is a draft
+  after.setSelectionRange?.(before.selectionStart, before.selectionEnd);
 }
 
 function folded(own, title, testid, load) {
@@ -1202,7 +1241,13 @@ function labels(view, found, what, present) {
   const failed = view.parts.notice.failed;
   const field = make("input", { type: "text", className: "field", placeholder: `+ ${what}`, testid: `${what}-add`, "aria-label": `new ${what}` });
   field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && field.value.trim()) edit(view, what, field.value.trim(), [found.id]).catch(failed);
+    if (event.key !== "Enter" || !field.value.trim()) return;
+    const word = field.value.trim();
+    field.value = "";  // at once: what is typed from now on is the next one
+    edit(view, what, word, [found.id]).catch((error) => {
+      field.value ||= word;
+      failed(error);
+    });
   });
   const chip = ({ text, value }) => {
     const remove = button("×", `${what}-remove`, () => edit(view, `un${what}`, value, [found.id]).catch(failed), "");
