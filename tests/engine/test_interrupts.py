@@ -210,15 +210,20 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 def test_interrupted_at_any_moment(tmp_path: Path, action: str, campaign: Campaign) -> None:
     dice = random.Random(action)
     outcomes = set()
-    for number in range(campaign.choose(8, 200)):
+    in_time = ("KeyboardInterrupt", BEFORE[action])
+    for number in range(200):
+        if number >= campaign.choose(8, 200) and in_time in outcomes:
+            break
         root = tmp_path / str(number)
         prepare(root, action)
 
         def run(root: Path = root, after: float = dice.random()) -> tuple[str | None, int | None]:
-            # How long it takes is measured here and now: this machine may be busy.
-            started = time.perf_counter()
-            Snapshot.take(root / "measured", state(1))
-            duration = time.perf_counter() - started
+            # How long it takes is measured here and now, once it has run: this machine may be busy.
+            for rehearsal in (root / "first", root / "second"):
+                prepare(rehearsal, action)
+                started = time.perf_counter()
+                act(rehearsal, action)
+                duration = time.perf_counter() - started
             error = None
             try:
                 with interrupted_after(1.2 * after * duration):
@@ -233,7 +238,7 @@ def test_interrupted_at_any_moment(tmp_path: Path, action: str, campaign: Campai
         outcomes.add((error, seen))
 
     assert {error for error, _ in outcomes} <= {"KeyboardInterrupt", None}
-    assert ("KeyboardInterrupt", BEFORE[action]) in outcomes
+    assert in_time in outcomes
 
 
 def test_without_waiting_for_the_threads_they_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,9 +390,10 @@ def test_restores_interrupted_at_any_moment(tmp_path: Path) -> None:
 
     def run(after: float) -> str:
         snapshot = Snapshot(tmp_path / PLACE)
-        started = time.perf_counter()
-        snapshot.restore(layers(3.0))
-        duration = time.perf_counter() - started
+        for _ in range(2):  # the first is slower
+            started = time.perf_counter()
+            snapshot.restore(layers(3.0))
+            duration = time.perf_counter() - started
         live = layers(7.0)
         outcome = "whole"
         try:
@@ -405,6 +411,8 @@ def test_restores_interrupted_at_any_moment(tmp_path: Path) -> None:
         return outcome
 
     dice = random.Random(0)
-    outcomes = {in_child(functools.partial(run, dice.random())).result for _ in range(20)}
+    outcomes: list[str] = []
+    while len(outcomes) < 20 or ("interrupted" not in outcomes and len(outcomes) < 200):
+        outcomes.append(in_child(functools.partial(run, dice.random())).result)
 
     assert "interrupted" in outcomes

@@ -514,8 +514,7 @@ def test_a_take_that_fails_removes_nothing(tmp_path: Path, gate: Gate) -> None:
 
 def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
     """Before the first take of the next."""
-    process = trainings.start(
-        """
+    code = """
 from expstate.storage import local
 training = Training()
 saver = autosave(training.state, steps=1, name="digits", root=root)
@@ -524,10 +523,9 @@ local.LocalStorage.flush = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 with saver:
     saver.step(2)
     time.sleep(60)
-""",
-        tmp_path,
-    )
-    process.communicate(timeout=60)
+"""
+    with trainings.started(code, tmp_path) as process:
+        process.communicate(timeout=60)
     left = [path for path in (tmp_path / "digits").iterdir() if not (path / "snapshot.json").exists()]
     assert 1 == len(left)
     with autosave(state(), steps=1, name="digits", root=tmp_path) as saver:

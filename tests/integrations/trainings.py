@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -76,13 +77,17 @@ def steps_of(root: Path, name: str = "digits") -> list[int]:
     return [snapshot.metadata.step or 0 for snapshot in takes(root, name)]
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process that runs some Python after the imports of this module; ``root`` is its first argument."""
+@contextlib.contextmanager
+def started(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs some Python after the imports of this module; ``root`` is its first argument. It ends with the block."""
     imports = "import sys, signal, time, os\nfrom tests.integrations.trainings import *"
     program = f"{imports}\ntorch.set_num_threads(1)\nroot = Path(sys.argv[1])\n{code}"
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)], cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:

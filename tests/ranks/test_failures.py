@@ -264,7 +264,7 @@ def test_cancel_on_one_rank_ends_it_on_all(tmp_path, failed, slow):
     """Whether that rank still writes, or waits for others."""
 
     def work(rank):
-        with _at_window(rank, slow, lambda: time.sleep(0.5)):
+        with _at_window(rank, slow, lambda: time.sleep(1.5)):
             pending = Snapshot.async_take(tmp_path / "a", _state(rank), replicated=["s/shared"])
             time.sleep(0.2)
             if rank == failed:

@@ -276,8 +276,9 @@ def test_a_lease_names_the_first_rank_alone(tmp_path):
     def work(rank):
         with _struck(rank, 0, attempts.Attempt, "commit", lambda: time.sleep(1)):
             pending = Snapshot.async_take(tmp_path / "a", _state(rank), replicated=["s/shared"])
-            time.sleep(0.5)
-            leases = [json.loads(path.read_bytes())["pid"] for path in (tmp_path / "a").glob(".attempt-*")]
+            until, leases = time.monotonic() + 30, []
+            while not leases and time.monotonic() < until:
+                leases = [json.loads(path.read_bytes())["pid"] for path in (tmp_path / "a").glob(".attempt-*")]
             pending.wait()
             return os.getpid(), leases
 
