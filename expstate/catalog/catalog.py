@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 from expstate.catalog.place import CatalogPlace, catalog_place
@@ -68,7 +67,6 @@ class Catalog:
             raise CatalogUnavailableError(msg)
         self.place: CatalogPlace = place
         self._database: Database | None = None
-        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -84,17 +82,17 @@ class Catalog:
         CatalogError
             If it cannot be opened.
         """
-        with self._lock:
-            if self._database is None:
-                from expstate.catalog.database import Database  # noqa: PLC0415 - SQLAlchemy takes 0.3 s to import
+        # Without a lock, which a child that is forked meanwhile would wait for for ever; where two threads open it, each has one that works.
+        database = self._database
+        if database is None:
+            from expstate.catalog.database import Database  # noqa: PLC0415 - SQLAlchemy takes 0.3 s to import
 
-                self._database = Database(self.place)
-            return self._database
+            database = self._database = Database(self.place)
+        return database
 
     def close(self) -> None:
         """Let go of the database; it is opened again when something is asked."""
-        with self._lock:
-            database, self._database = self._database, None
+        database, self._database = self._database, None
         if database is not None:
             database.close()
 

@@ -5,13 +5,12 @@ Gets options by the beginning of URLs; hands on those of a URL. Nothing writes t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from expstate.errors import InvalidArgumentError
 
-_lock = threading.Lock()
+# Copied, and changed key by key, in one step each: a lock could be left behind, held, in a child that is forked meanwhile.
 _configured: dict[str, dict[str, Any]] = {}
 
 
@@ -45,17 +44,16 @@ def configure(*, storage_options: Mapping[str, Mapping[str, Any]]) -> None:
             msg = "storage_options must be a mapping of URLs such as 's3://bucket' to mappings of options"
             raise InvalidArgumentError(msg)
         checked[url.rstrip("/")] = dict(options)
-    with _lock:
-        for url, options in checked.items():
-            if options:
-                _configured[url] = options
-            else:
-                _configured.pop(url, None)
+    for url, options in checked.items():
+        if options:
+            _configured[url] = options
+        else:
+            _configured.pop(url, None)
 
 
 def options_of(url: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options of a URL: those that were configured for the longest beginning of it, then those that are given."""
-    with _lock:
-        fitting = [start for start in _configured if url == start or url.startswith(f"{start}/") or start.endswith(":/")]
-        found = _configured[max(fitting, key=len)] if fitting else {}
+    configured = _configured.copy()
+    fitting = [start for start in configured if url == start or url.startswith(f"{start}/") or start.endswith(":/")]
+    found = configured[max(fitting, key=len)] if fitting else {}
     return {**found, **(given or {})}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import signal
 import sqlite3
 import threading
 from pathlib import Path
@@ -77,6 +78,33 @@ def test_threads_begin_no_transaction_while_a_process_is_forked(catalog: Catalog
 
     assert {f"/runs/{number}" for number in range(8)} <= set(urls(catalog))
     assert database.find_damage(catalog.place) is None
+
+
+def test_a_child_need_not_wait_for_a_thread_that_was_opening_the_catalog(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(catalog, data(1))
+    opened = Catalog(catalog.place.path)
+    has_begun, may_end = threading.Event(), threading.Event()
+    really = database.Database.__init__
+
+    def slowly(self: database.Database, *arguments: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            has_begun.set()
+            may_end.wait(10)
+        really(self, *arguments)
+
+    def found() -> list[str]:
+        signal.alarm(20)  # ends it
+        return urls(opened)
+
+    monkeypatch.setattr(database.Database, "__init__", slowly)
+    opener = threading.Thread(target=lambda: opened.database)
+    opener.start()
+    has_begun.wait()
+    ended = in_child(found)
+    may_end.set()
+    opener.join()
+
+    assert ["/runs/1"] == ended.result
 
 
 def test_a_child_that_inherits_a_transaction_is_refused(catalog: Catalog) -> None:
