@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -41,6 +42,12 @@ def _seeds() -> None:
     torch.manual_seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there for good out of garbage collections: torch, its friends and thousands of tests cost each of them a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +28,10 @@ def _options(*words):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    gc.freeze()  # each measurement begins with a collection
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(catalog, "TAKES", 3)
         records = run.run(_options(), execute=perform)
-    gc.unfreeze()
     assert [] == list(folder.iterdir())
     return records
 

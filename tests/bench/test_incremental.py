@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import os
 import shutil
@@ -34,14 +33,12 @@ def _parsed(*words):
 @pytest.fixture(scope="module", autouse=True)
 def _small():
     threads = torch.get_num_threads()
-    gc.freeze()  # each measurement begins with a collection
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "TAKES", 3)
         patch.setattr(training, "EVERY", 2)
         patch.setattr(training, "STEPS_TRAINED", 5)
         patch.setattr(training, "RUNS", 1)
         yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

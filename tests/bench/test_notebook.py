@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 
 import msgspec
 import pytest
@@ -25,11 +24,9 @@ def _options(*words):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    gc.freeze()  # each measurement begins with a collection
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         records = run.run(_options(*SMALL), execute=perform)
-    gc.unfreeze()
     assert [] == list(folder.iterdir())
     return records
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import os
@@ -72,9 +71,7 @@ def _options(server, bucket, *words, scheme="s3"):
 def _measured(server, bucket):
     with open_filesystem("s3", **server.storage_options()) as filesystem:
         filesystem.pipe_file(f"{bucket}/runs/mine", b"of somebody")
-        gc.freeze()
         records = run.run(_options(server, bucket, "--systems", *MEASURED), execute=perform)
-        gc.unfreeze()
         assert [f"{bucket}/runs/mine"] == filesystem.find(bucket)
         filesystem.rm_file(f"{bucket}/runs/mine")
     assert STORAGE_OPTIONS not in os.environ

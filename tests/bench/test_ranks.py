@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 
 import msgspec
@@ -26,14 +25,10 @@ def _options(*words):
 
 
 def _measure(folder, *words):
-    gc.freeze()  # each measurement begins with a collection
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            # One setting each: which is best is not looked at here.
-            patch.setattr(run, "contenders", lambda *names, **options: contenders(*names, **options)[:1])
-            records = run.run(_options(folder, *SMALL, *words), execute=perform)
-    finally:
-        gc.unfreeze()
+    with pytest.MonkeyPatch.context() as patch:
+        # One setting each: which is best is not looked at here.
+        patch.setattr(run, "contenders", lambda *names, **options: contenders(*names, **options)[:1])
+        records = run.run(_options(folder, *SMALL, *words), execute=perform)
     assert [] == list(folder.iterdir())
     return {(record.operation, record.system): record for record in records}
 

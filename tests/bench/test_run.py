@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import importlib.util
 
 import msgspec
@@ -39,10 +38,7 @@ def _options(tmp_path, *words):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    # Each measurement begins with a collection, which is slow in a process full of test modules.
-    gc.freeze()
     records = run.run(_options(folder), execute=perform)
-    gc.unfreeze()
     assert [] == list(folder.iterdir())
     return records
 

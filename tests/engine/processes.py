@@ -57,14 +57,13 @@ def start_child(function: Callable[[], Any], *, wait: bool = False) -> tuple[int
     begin, let_begin = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking while threads run: those of this process only wait
-        gc.freeze()  # the child's garbage is its own: to look at all objects of its parent would copy all pages they are on
         child = os.fork()
     if child:
-        gc.unfreeze()
         os.close(give)
         os.close(begin)
         return child, result, let_begin
     try:
+        gc.freeze()  # its garbage is its own: to look at all objects of its parent would copy all pages they are on
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # The threads of torch's pool are not in the child.
         torch.set_num_threads(1)
