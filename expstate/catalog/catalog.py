@@ -82,7 +82,7 @@ class Catalog:
         CatalogError
             If it cannot be opened.
         """
-        # Without a lock, which a child that is forked meanwhile would wait for for ever; where two threads open it, each has one that works.
+        # Without a lock, which a child that is forked meanwhile might wait for without end. Where two threads open it, both have one.
         database = self._database
         if database is None:
             from expstate.catalog.database import Database  # noqa: PLC0415 - SQLAlchemy takes 0.3 s to import

@@ -70,11 +70,13 @@ def test_threads_begin_no_transaction_while_a_process_is_forked(catalog: Catalog
     threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for number in range(8):
-        in_child(functools.partial(put, catalog, data(number))).result  # noqa: B018 - asserts that it ended well
-    is_over.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for number in range(8):
+            in_child(functools.partial(put, catalog, data(number))).result  # noqa: B018 - asserts that it ended well
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
 
     assert {f"/runs/{number}" for number in range(8)} <= set(urls(catalog))
     assert database.find_damage(catalog.place) is None
