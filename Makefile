@@ -29,7 +29,7 @@ test: $(STAMP) ## run every test and the examples in the docstrings
 	@command -v strace >/dev/null || bash .ci/install-strace
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
 	@command -v chromium >/dev/null || bash .ci/install-chromium
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu"
 	@# These break disks and processes, or drive a browser, and need the machine to themselves.
 	$(BIN)/python -m pytest -m "slow and not gpu" tests
 	VENV=$(VENV) bash .ci/lessons
