@@ -30,8 +30,8 @@ test: $(STAMP) ## run every test and the examples in the docstrings
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash .ci/install-postgres
 	@command -v chromium >/dev/null || bash .ci/install-chromium
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu"
-	@# These break disks and processes, or drive a browser, and need the machine to themselves.
-	$(BIN)/python -m pytest -m "slow and not gpu" tests
+	@# These break disks and processes, or drive a browser: two at a time, more would make them wait for each other.
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu" tests
 	VENV=$(VENV) bash .ci/lessons
 
 browser: $(STAMP) ## open notebooks in JupyterLab, Notebook 7 and Voila with a real browser (minutes)

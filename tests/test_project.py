@@ -18,33 +18,37 @@ PACKAGE = Path(expstate.__file__).parent
 NOT_AT_IMPORT = ["IPython", "gcsfs", "ipywidgets", "pandas", "s3fs", "safetensors", "sqlalchemy", "torch.distributed.tensor"]
 
 
-def modules_after(statement: str) -> set[str]:
-    command = [sys.executable, "-c", f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"]
-    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-
-
 @pytest.fixture(scope="module")
-def modules_of_torch() -> set[str]:
-    return modules_after("import torch")
+def brought() -> dict[str, set[str]]:
+    """The modules that each import brings into a process, one after the other."""
+    code = """
+import sys
+def imported():
+    return set(sys.modules)
+def show(name, before):
+    print(name, *(imported() - before))
+import torch
+before = imported()
+import expstate
+show("expstate", before)
+import pandas
+show("pandas", before)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return {name: set(modules) for name, *modules in map(str.split, shown.splitlines())}
 
 
-def test_import_brings_in_nothing_heavy_or_optional(modules_of_torch: set[str]) -> None:
-    brought = modules_after("import torch, expstate") - modules_of_torch
-
-    assert "expstate.snapshot" in brought
-    assert [] == [name for name in NOT_AT_IMPORT if name in brought]
+def test_import_brings_in_nothing_heavy_or_optional(brought: dict[str, set[str]]) -> None:
+    assert "expstate.snapshot" in brought["expstate"]
+    assert [] == [name for name in NOT_AT_IMPORT if name in brought["expstate"]]
 
 
-def test_import_brings_in_numpy_only_where_torch_does(modules_of_torch: set[str]) -> None:
-    brought = modules_after("import torch, expstate") - modules_of_torch
-
-    assert [] == sorted(name for name in brought if name.partition(".")[0] == "numpy")
+def test_import_brings_in_numpy_only_where_torch_does(brought: dict[str, set[str]]) -> None:
+    assert [] == sorted(name for name in brought["expstate"] if name.partition(".")[0] == "numpy")
 
 
-def test_import_check_notices_what_it_looks_for(modules_of_torch: set[str]) -> None:
-    brought = modules_after("import torch, expstate, pandas") - modules_of_torch
-
-    assert "pandas" in brought
+def test_import_check_notices_what_it_looks_for(brought: dict[str, set[str]]) -> None:
+    assert "pandas" in brought["pandas"]
 
 
 def test_package_says_that_it_is_typed() -> None:

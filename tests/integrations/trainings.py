@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import subprocess
 import sys
 import time
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from expstate import Autosave, RNGState, Snapshot, StateDict, autosave
 
@@ -19,13 +20,20 @@ STEPS = 60
 FOLDER = Path(__file__).parent.parent.parent
 
 
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of scikit-learn, and what they show; to import it would take as long as to import torch, in each process."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    table = torch.from_numpy(np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=","))
+    return table[:, :-1].float() / 16, table[:, -1].long()
+
+
 class Training:
     """Digits, a small network, Adam, shuffled batches; the same seeds give the same bits."""
 
     def __init__(self) -> None:
-        digits = load_digits()
-        self._data = torch.from_numpy(digits.data).float() / 16
-        self._target = torch.from_numpy(digits.target)
+        self._data, self._target = digits()
         torch.manual_seed(5)
         self.model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(32, 10))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
