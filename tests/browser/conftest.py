@@ -1,4 +1,4 @@
-"""A Jupyter server and a browser for the tests here, which run one after the other: they are ``slow``.
+"""A Jupyter server and a browser for the tests here, all of which are ``slow``.
 
 ``open_notebook(cells)`` gives a ``NotebookPage``. Where chromium is missing these tests are skipped, but not in CI.
 """
@@ -24,7 +24,7 @@ FLAGS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of this folder start programs that want the machine to themselves."""
+    """All tests of this folder start programs that want much of the machine."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
