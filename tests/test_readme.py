@@ -14,6 +14,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")  # of torch, about checkpoints in one process
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # of DCP itself, with torch 2.6
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EXPSTATE_CATALOG", str(tmp_path / "catalog.db"))
