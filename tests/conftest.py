@@ -25,6 +25,9 @@ else:
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# For formats that no test has, jsonschema, which nbformat needs, would build the grammar of URLs for five seconds in each test process.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
 # Before anything imports them: the tests of storages are shipped with the package, and helpers assert too; pytest explains their asserts as
 # it does those of the tests.
 pytest.register_assert_rewrite("expstate.testing", "tests.engine.crashes", "tests.engine.processes")
