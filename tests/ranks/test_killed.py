@@ -278,7 +278,8 @@ def test_a_lease_names_the_first_rank_alone(tmp_path):
             pending = Snapshot.async_take(tmp_path / "a", _state(rank), replicated=["s/shared"])
             until, leases = time.monotonic() + 30, []
             while not leases and time.monotonic() < until:
-                leases = [json.loads(path.read_bytes())["pid"] for path in (tmp_path / "a").glob(".attempt-*")]
+                written = [path.read_bytes() for path in (tmp_path / "a").glob(".attempt-*")]
+                leases = [json.loads(lease)["pid"] for lease in written if lease]
             pending.wait()
             return os.getpid(), leases
 
