@@ -38,24 +38,28 @@ class FailingDisk:
     def __init__(self, base: Path) -> None:
         self.folder = base / "mounted"
         self.folder.mkdir()
-        image = base / "image"
-        with image.open("wb") as file:
+        self._image = base / "image"
+        with self._image.open("wb") as file:
             file.truncate(64 * MIB)
-        for command in (["mkfs.ext4", "-q", str(image)], ["mount", "-o", "loop,errors=remount-ro", str(image), str(self.folder)]):
+        for command in (["mkfs.ext4", "-q", str(self._image)], self._mounting):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 pytest.skip(f"{command[0]} does not work here: {done.stderr.strip()}")
-        mounted = next(line.split() for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1] == str(self.folder))
-        self._trigger = Path("/sys/fs/ext4", Path(mounted[0]).name, "trigger_fs_error")
+
+    @property
+    def _mounting(self) -> list[str]:
+        return ["mount", "-o", "loop,errors=remount-ro", str(self._image), str(self.folder)]
 
     def fail(self) -> None:
-        self._trigger.write_text("a test")
+        # Asked each time: a loop device that was let go of may be another test's by now.
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        device = next(Path(mount[0]).name for mount in mounts if mount[1] == str(self.folder))
+        Path("/sys/fs/ext4", device, "trigger_fs_error").write_text("a test")
 
     def mend(self) -> None:
         unmount(self.folder)
-        image = self.folder.parent / "image"
-        subprocess.run(["fsck.ext4", "-fy", str(image)], capture_output=True, check=False)  # noqa: S607
-        subprocess.run(["mount", "-o", "loop,errors=remount-ro", str(image), str(self.folder)], check=True)  # noqa: S607
+        subprocess.run(["fsck.ext4", "-fy", str(self._image)], capture_output=True, check=False)  # noqa: S607
+        subprocess.run(self._mounting, check=True)
 
 
 @pytest.fixture

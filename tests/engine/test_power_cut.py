@@ -78,7 +78,7 @@ class Disk:
     def restart(self) -> None:
         """Switch it on again."""
         self.unmount()
-        self._run("mount", "-o", "loop", str(self.image), str(self.folder))
+        subprocess.run(["mount", "-o", "loop", str(self.image), str(self.folder)], check=True)  # noqa: S607
 
 
 @pytest.fixture(scope="module")
