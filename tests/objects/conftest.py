@@ -6,6 +6,7 @@ A test that looks at what goes wrong gives its client ``s3_proxy.url`` as endpoi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,14 @@ from .stores import MIB, WAYS, Store
 for _name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_", "STORAGE_EMULATOR_"))]:
     del os.environ[_name]
 os.environ.update(ENVIRONMENT)
+
+with contextlib.suppress(ImportError):
+    from botocore.loaders import JSONFileLoader, Loader
+
+    # Each client of S3 would read a megabyte of JSON, which takes longer than most tests.
+    _files = JSONFileLoader()
+    _files.load_file = functools.cache(_files.load_file)
+    Loader.FILE_LOADER_CLASS = staticmethod(lambda: _files)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ Gets a folder to keep its data in; hands on where it answers, and the options wi
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import importlib.util
 import json
@@ -172,24 +173,29 @@ class S3Server(_Server):
 
     def make_bucket(self, name: str) -> None:
         """Make a bucket."""
-        with self._client() as client:
-            client.create_bucket(Bucket=name)
+        self._client.create_bucket(Bucket=name)
 
     def remove_bucket(self, name: str) -> None:
         """Remove a bucket with all that is in it."""
-        with self._client() as client:
-            client.delete_bucket(Bucket=name)  # SeaweedFS does not ask that it is empty
+        self._client.delete_bucket(Bucket=name)  # SeaweedFS does not ask that it is empty
 
-    def _client(self) -> contextlib.closing[Any]:
+    @functools.cached_property
+    def _client(self) -> Any:
+        # One for all buckets: to make it takes longer than a test.
         import botocore  # comes with s3fs
         import botocore.config
         import botocore.session
 
         config = botocore.config.Config(signature_version="s3v4" if self.keys else botocore.UNSIGNED, s3={"addressing_style": "path"})
-        client = botocore.session.Session().create_client(
+        return botocore.session.Session().create_client(
             "s3", endpoint_url=self.url, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name=_REGION, config=config
         )
-        return contextlib.closing(client)
+
+    def close(self) -> None:
+        """End it, and remove what it has stored."""
+        if "_client" in vars(self):
+            self._client.close()
+        super().close()
 
     def _end(self) -> None:
         super()._end()
